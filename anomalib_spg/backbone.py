@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Frozen vision transformer that turns images into patch tokens.
+
+Any timm ViT with patch tokens serves. The four published ones are
+``vit_large_patch16_dinov3.lvd1689m`` (default), ``vit_large_patch14_dinov2.lvd142m``,
+``vit_large_patch14_clip_quickgelu_336.openai`` and ``vit_large_patch16_siglip_384.webli``.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_BACKBONE = "vit_large_patch16_dinov3.lvd1689m"
+
+
+def default_image_size(name: str) -> tuple[int, int]:
+    """Image size of the published results: 518 for CLIP, 448 for all others."""
+    return (518, 518) if "_clip_" in name else (448, 448)
+
+
+class Tokens(NamedTuple):
+    """What a backbone gives for a batch of images; one list entry per layer.
+
+    Attributes:
+        patches (list[torch.Tensor]): Patch tokens after the final norm (and the visual projection for CLIP), each
+            ``(B, N, D)`` with ``N = h * w`` in row-major order.
+        pooled (list[torch.Tensor]): One token per image, each ``(B, D)``: the attention-pooled token where the ViT
+            has attention pooling (SigLIP), else the class token, else the mean of the patch tokens.
+        grid (tuple[int, int]): Rows and columns ``(h, w)`` of patches.
+    """
+
+    patches: list[torch.Tensor]
+    pooled: list[torch.Tensor]
+    grid: tuple[int, int]
+
+
+class Backbone(nn.Module):
+    """Frozen timm ViT giving patch tokens of chosen layers.
+
+    The weights are fetched when they are first needed (a forward pass, or saving), not when the module is built,
+    so that restoring a checkpoint never touches the hub.
+
+    Args:
+        name (str): timm model name. Defaults to DINOv3-L/16 (paper).
+        layers (Sequence[int] | None): 0-based block indices, negative ones count from the end. ``None`` is the last
+            block (paper).
+        pre_trained (bool): Load weights; ``False`` keeps the random initialisation.
+        weights (str | Path | None): Local weights file (safetensors or a PyTorch state dict, in timm's naming) used
+            instead of timm's hub. A position grid of another size is resized.
+        image_size (tuple[int, int] | None): Height and width the position grid is laid out for. Other sizes work
+            too, at the cost of resampling the grid in every forward pass. ``None`` is the size the weights were
+            trained with.
+
+    Raises:
+        ValueError: If the name is not a timm model, has no patch tokens, or lacks a layer.
+
+    Example:
+        >>> backbone = Backbone("vit_tiny_patch16_224", layers=[5, -1], pre_trained=False)
+        >>> tokens = backbone(torch.zeros(2, 3, 64, 96))
+        >>> tokens.grid, [patches.shape for patches in tokens.patches]
+        ((4, 6), [torch.Size([2, 24, 192]), torch.Size([2, 24, 192])])
+    """
+
+    def __init__(
+        self,
+        name: str = DEFAULT_BACKBONE,
+        layers: Sequence[int] | None = None,
+        pre_trained: bool = True,
+        weights: str | Path | None = None,
+        image_size: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        config = pretrained_config(name)
+        if weights is not None and not Path(weights).is_file():
+            msg = f"No weights file at '{weights}'. Give a safetensors or PyTorch file in timm's naming for '{name}'."
+            raise ValueError(msg)
+        self.name = name
+        self.weights = weights
+        # CLIP's tokens live in the joint space of its visual projection, which timm calls the head. Everywhere else,
+        # and in CLIP towers fine-tuned for classification, the head is a classifier that has no business here.
+        self.project = "_clip_" in name.split(".")[0] and "_ft_" not in name
+        self.vit_arguments: dict[str, Any] = {"dynamic_img_size": True}
+        if not self.project:
+            self.vit_arguments["num_classes"] = 0
+        self.patch_size: int = _patch_size(name)
+        if image_size is not None:
+            self.vit_arguments["img_size"] = tuple(-(-size // self.patch_size) * self.patch_size for size in image_size)
+        self.vit = timm.create_model(name, pretrained=False, **self.vit_arguments)
+        self.vit.requires_grad_(requires_grad=False)
+        self.vit.eval()
+
+        self.embed_dim: int = self.vit.num_classes if self.project else self.vit.num_features
+        grid = self.vit.patch_embed.img_size
+        self.image_size: tuple[int, int] = tuple(image_size) if image_size is not None else tuple(grid)
+        self.mean: tuple[float, ...] = tuple(config["mean"])
+        self.std: tuple[float, ...] = tuple(config["std"])
+        depth = len(self.vit.blocks)
+        wanted = [depth - 1] if layers is None else list(layers)
+        outside = [layer for layer in wanted if not -depth <= layer < depth]
+        if outside or not wanted:
+            msg = f"Backbone '{name}' has blocks 0 to {depth - 1}; layers={wanted} asks for {outside or 'none'}."
+            raise ValueError(msg)
+        self.layers: list[int] = sorted({layer % depth for layer in wanted})
+
+        self._has_weights = not pre_trained
+        self.register_state_dict_pre_hook(lambda module, *_: module.load_weights())
+        self.register_load_state_dict_pre_hook(_mark_loaded)
+
+    def load_weights(self) -> None:
+        """Load the weights if they have not been yet. Called by itself when they are first needed.
+
+        Raises:
+            ValueError: If the local file does not fit; the message names missing and unexpected keys.
+            RuntimeError: If the hub cannot be reached; the message says how to use a local file.
+        """
+        if self._has_weights:
+            return
+        overlay = {"file": str(self.weights)} if self.weights is not None else None
+        try:
+            source = timm.create_model(self.name, pretrained=True, pretrained_cfg_overlay=overlay, **self.vit_arguments)
+        except Exception as exception:
+            if self.weights is not None:
+                msg = f"Weights file '{self.weights}' does not fit backbone '{self.name}': {exception}"
+                raise ValueError(msg) from exception
+            msg = (
+                f"Could not get the weights of '{self.name}' from timm's hub ({type(exception).__name__}: {exception}). "
+                "Without internet, copy its model.safetensors to this machine and pass weights=<path> "
+                "(--model.weights on the command line)."
+            )
+            raise RuntimeError(msg) from exception
+        self._has_weights = True
+        self.vit.load_state_dict(source.state_dict())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickling (export to torch, spawned workers) takes the weights along."""
+        self.load_weights()
+        return self.__dict__.copy()
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Stay in evaluation mode: the backbone is frozen."""
+        del mode
+        return super().train(mode=False)
+
+    def forward(self, images: torch.Tensor) -> Tokens:
+        """Compute tokens; sizes that are no multiple of the patch are reflected at the bottom and right edge.
+
+        Args:
+            images (torch.Tensor): Normalised images ``(B, 3, H, W)``, or grey ones ``(B, 1, H, W)``.
+
+        Returns:
+            Tokens: Patch tokens and pooled token per layer, and the patch grid ``(ceil(H / p), ceil(W / p))``.
+        """
+        if not torch.compiler.is_compiling():
+            self.load_weights()
+        if images.shape[1] == 1:
+            images = images.expand(-1, 3, -1, -1)
+        height, width = images.shape[-2:]
+        bottom, right = -height % self.patch_size, -width % self.patch_size
+        if bottom or right:
+            images = F.pad(images, (0, right, 0, bottom), mode="reflect")
+        grid = ((height + bottom) // self.patch_size, (width + right) // self.patch_size)
+
+        with torch.no_grad():
+            intermediates = self.vit.forward_intermediates(
+                images,
+                indices=self.layers,
+                return_prefix_tokens=self.vit.num_prefix_tokens > 0,
+                norm=True,
+                stop_early=True,  # blocks behind the last wanted one cost time and give nothing
+                output_fmt="NLC",
+                intermediates_only=True,
+            )
+            patches, pooled = [], []
+            for intermediate in intermediates:
+                patch, prefix = intermediate if self.vit.num_prefix_tokens else (intermediate, None)
+                if getattr(self.vit, "attn_pool", None) is not None:
+                    pool = self.vit.attn_pool(patch)
+                elif getattr(self.vit, "cls_token", None) is not None and prefix is not None:
+                    pool = prefix[:, 0]
+                else:
+                    pool = patch.mean(dim=1)
+                patches.append(self.vit.head(patch) if self.project else patch)
+                pooled.append(self.vit.head(pool) if self.project else pool)
+        return Tokens(patches, pooled, grid)
+
+
+def pretrained_config(name: str) -> dict[str, Any]:
+    """Get timm's description of a model's weights (mean, std, input size) without building it.
+
+    Args:
+        name (str): timm model name.
+
+    Returns:
+        dict[str, Any]: timm's pretrained configuration.
+
+    Raises:
+        ValueError: If timm has no such model; the message suggests close names.
+
+    Example:
+        >>> pretrained_config("vit_large_patch16_siglip_384.webli")["mean"]
+        (0.5, 0.5, 0.5)
+    """
+    if not timm.models.is_model(name):
+        from difflib import get_close_matches
+
+        close = get_close_matches(name, [*timm.list_models("*vit*"), *timm.list_pretrained("*vit*")])
+        msg = f"timm has no model '{name}'." + (f" Did you mean one of {close}?" if close else "")
+        raise ValueError(msg)
+    config = timm.get_pretrained_cfg(name)
+    if config is None:
+        msg = f"timm knows '{name}' but no weights under that tag. See timm.list_pretrained('{name.split('.')[0]}*')."
+        raise ValueError(msg)
+    return config.to_dict()
+
+
+def _patch_size(name: str) -> int:
+    """Patch size of a timm model, found without spending memory on it; refuses what is no plain ViT."""
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained=False)
+    if not (hasattr(model, "blocks") and hasattr(model, "patch_embed") and hasattr(model, "num_prefix_tokens")):
+        msg = f"'{name}' is not a vision transformer with patch tokens. Choose one of timm.list_models('vit_*')."
+        raise ValueError(msg)
+    return model.patch_embed.patch_size[0]
+
+
+def _mark_loaded(module: Backbone, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:  # noqa: ANN401
+    """Weights that come with a checkpoint make fetching them needless."""
+    if any(key.startswith(f"{prefix}vit.") for key in state_dict):
+        module._has_weights = True  # noqa: SLF001

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Train on the labelled images of one dataset, validate and test on another."""
+
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import anomalib.data
+import pandas as pd
+from anomalib.data import AnomalibDataModule, AnomalibDataset
+from anomalib.data.utils import LabelName, ValSplitMode
+from PIL import Image
+
+
+class AuxiliaryTarget(AnomalibDataModule):
+    """Labelled auxiliary data for training, target data never seen for validation and testing.
+
+    The training set is what the auxiliary dataset tests on, since that split holds the anomalous images with their
+    masks (as published). Validation and test set are those of the target datamodule as they are.
+
+    Args:
+        auxiliary (str): Name of an image datamodule of anomalib, for instance ``"Visa"``.
+        target (str): Name of an image datamodule of anomalib, for instance ``"MVTecAD"``.
+        auxiliary_args (dict[str, Any] | None): Its arguments, for instance ``{"root": "./datasets/visa"}``.
+        target_args (dict[str, Any] | None): Its arguments, ``category`` among them.
+        auxiliary_categories (str | list[str]): One category, several, or ``"all"`` of the dataset. Without effect on
+            datasets that have none. Defaults to ``"all"`` (paper).
+        train_batch_size (int): Images per batch through the backbone; does not change what is learned. Defaults to 16.
+        eval_batch_size (int): Batch size for validation and testing. Defaults to 16.
+        num_workers (int): Processes that read images. Defaults to 8.
+        seed (int | None): Passed to both datamodules. Defaults to ``None``.
+
+    Raises:
+        ValueError: If a datamodule is unknown, an anomalous auxiliary image has no mask or one of another size, or
+            there is no normal or no anomalous auxiliary image.
+
+    Example:
+        >>> datamodule = AuxiliaryTarget(
+        ...     auxiliary="Visa",
+        ...     auxiliary_args={"root": "./datasets/visa"},
+        ...     target="MVTecAD",
+        ...     target_args={"root": "./datasets/MVTecAD", "category": "bottle"},
+        ... )
+        >>> datamodule.name, datamodule.category
+        ('Visa_to_MVTecAD', 'bottle')
+    """
+
+    def __init__(
+        self,
+        auxiliary: str,
+        target: str,
+        auxiliary_args: dict[str, Any] | None = None,
+        target_args: dict[str, Any] | None = None,
+        auxiliary_categories: str | list[str] = "all",
+        train_batch_size: int = 16,
+        eval_batch_size: int = 16,
+        num_workers: int = 8,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(
+            train_batch_size=train_batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            val_split_mode=ValSplitMode.FROM_DIR,
+            seed=seed,
+        )
+        self._name = f"{auxiliary}_to_{target}"
+        self.target = _build(target, {**(target_args or {}), "seed": seed})
+        self.category = self.target.category
+        categories = [auxiliary_categories] if isinstance(auxiliary_categories, str) else auxiliary_categories
+        arguments = {
+            **(auxiliary_args or {}),
+            "seed": seed,
+            # Their test set must stay whole.
+            "val_split_mode": ValSplitMode.SAME_AS_TEST,
+        }
+        if "category" not in signature(_datamodule_class(auxiliary)).parameters:
+            self.auxiliaries = [_build(auxiliary, arguments)]
+        else:
+            categories = _all_categories(auxiliary) if categories == ["all"] else categories
+            self.auxiliaries = [_build(auxiliary, {**arguments, "category": category}) for category in categories]
+
+    @property
+    def name(self) -> str:
+        """Name of the datamodule: both datasets' names."""
+        return self._name
+
+    def prepare_data(self) -> None:
+        """Download and prepare both datasets if they are not there."""
+        for datamodule in [*self.auxiliaries, self.target]:
+            datamodule.prepare_data()
+
+    def _setup(self, _stage: str | None = None) -> None:
+        for datamodule in [*self.auxiliaries, self.target]:
+            datamodule.setup()
+        self.train_data = _concatenate([datamodule.test_data for datamodule in self.auxiliaries])
+        _check(self.train_data)
+        self.val_data = self.target.val_data
+        self.test_data = self.target.test_data
+
+    def _create_test_split(self) -> None:
+        """Nothing to split: the target datamodule has done so."""
+
+    def _create_val_split(self) -> None:
+        """Nothing to split: the target datamodule has done so."""
+
+
+def _datamodule_class(name: str) -> type[AnomalibDataModule]:
+    datamodule = getattr(anomalib.data, name, None)
+    if not (isinstance(datamodule, type) and issubclass(datamodule, AnomalibDataModule)):
+        known = sorted(
+            name
+            for name, value in vars(anomalib.data).items()
+            if isinstance(value, type) and value.__module__.startswith("anomalib.data.datamodules.image")
+        )
+        msg = f"anomalib has no image datamodule '{name}'. Choose one of {', '.join(known)}."
+        raise ValueError(msg)
+    return datamodule
+
+
+def _build(name: str, arguments: dict[str, Any]) -> AnomalibDataModule:
+    datamodule = _datamodule_class(name)
+    try:
+        return datamodule(**arguments)
+    except TypeError as exception:
+        msg = f"Datamodule {name} cannot be built from {arguments}: {exception}"
+        raise ValueError(msg) from exception
+
+
+def _all_categories(name: str) -> list[str]:
+    """anomalib lists a dataset's categories in the module of the dataset that goes with the datamodule."""
+    datasets = import_module(_datamodule_class(name).__module__.replace(".datamodules.", ".datasets."))
+    if not hasattr(datasets, "CATEGORIES"):
+        msg = f"anomalib does not list the categories of {name}; name them in auxiliary_categories."
+        raise ValueError(msg)
+    return list(datasets.CATEGORIES)
+
+
+def _concatenate(datasets: list[AnomalibDataset]) -> AnomalibDataset:
+    whole = datasets[0]
+    task = whole.samples.attrs["task"]
+    samples = pd.concat([dataset.samples for dataset in datasets], ignore_index=True)
+    whole.samples = samples
+    whole.samples.attrs["task"] = task
+    return whole
+
+
+def _check(dataset: AnomalibDataset) -> None:
+    """Refuse auxiliary data that cannot be learned from, before the backbone has spent time on it."""
+    samples = dataset.samples
+    for label, word in ((LabelName.NORMAL, "normal"), (LabelName.ABNORMAL, "anomalous")):
+        if not (samples.label_index == label).any():
+            msg = f"The auxiliary test set has no {word} image among its {len(samples)}; the guides need both kinds."
+            raise ValueError(msg)
+    anomalous = samples[samples.label_index == LabelName.ABNORMAL]
+    masks = anomalous.get("mask_path", pd.Series("", index=anomalous.index)).fillna("")
+    without = anomalous[[not mask or not Path(mask).is_file() for mask in masks]]
+    if len(without):
+        msg = (
+            f"{len(without)} of {len(anomalous)} anomalous auxiliary images have no mask, the first is "
+            f"'{without.image_path.iloc[0]}'. The guides are learned from masks: add them or leave the images out."
+        )
+        raise ValueError(msg)
+    for image_path, mask_path in zip(anomalous.image_path, masks, strict=True):
+        with Image.open(image_path) as image, Image.open(mask_path) as mask:
+            if image.size != mask.size:
+                msg = (
+                    f"Mask '{mask_path}' is {mask.size[0]}x{mask.size[1]} pixels, its image '{image_path}' is "
+                    f"{image.size[0]}x{image.size[1]}. Masks must have the size of their images."
+                )
+                raise ValueError(msg)

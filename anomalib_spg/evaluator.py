@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Metrics printed by default."""
+
+from anomalib.metrics import AUPRO, AUROC, Evaluator, F1Score, create_anomalib_metric
+from torchmetrics.classification import BinaryAveragePrecision
+
+AveragePrecision = create_anomalib_metric(BinaryAveragePrecision)
+
+
+def default_evaluator() -> Evaluator:
+    """anomalib's default metrics, with average precision and AUPRO beside them.
+
+    Returns:
+        Evaluator: Image AUROC, AP and F1; pixel AUROC, AUPRO and F1 where there are masks.
+    """
+    image, label = ["pred_score", "gt_label"], ["pred_label", "gt_label"]
+    pixel, mask = ["anomaly_map", "gt_mask"], ["pred_mask", "gt_mask"]
+    return Evaluator(
+        test_metrics=[
+            AUROC(fields=image, prefix="image_"),
+            AveragePrecision(fields=image, prefix="image_"),
+            F1Score(fields=label, prefix="image_"),
+            AUROC(fields=pixel, prefix="pixel_", strict=False),
+            AUPRO(fields=pixel, prefix="pixel_", strict=False),
+            F1Score(fields=mask, prefix="pixel_", strict=False),
+        ],
+    )

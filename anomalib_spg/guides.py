@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Stage 2: the four sparse guides, and the file they travel in."""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib.models.components import DynamicBufferMixin
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+from .losses import dice_loss, focal_loss
+
+logger = logging.getLogger(__name__)
+
+GUIDE_NAMES = ("global_normal", "global_anomaly", "local_normal", "local_anomaly")
+FILE_FORMAT = "anomalib_spg.guides"
+FILE_VERSION = "1"
+
+
+class Guides(DynamicBufferMixin):
+    """Four guide vectors, each a sparse non-negative combination of dictionary atoms.
+
+    Rows are, in this order, ``global_normal``, ``global_anomaly`` (compared with the pooled token), ``local_normal`` and
+    ``local_anomaly`` (compared with the patch tokens).
+
+    Args:
+        dim (int): Token dimension ``D``.
+
+    Attributes:
+        atoms (torch.Tensor): Atoms in use ``(n, D)``, unit norm.
+        atom_indices (torch.Tensor): Their rows in the dictionary they come from ``(n,)``.
+        coefficients (torch.Tensor): Non-negative coefficients ``(4, n)``.
+        vectors (torch.Tensor): ``coefficients @ atoms`` ``(4, D)``.
+
+    Example:
+        >>> guides = Guides(dim=2)
+        >>> guides.set(torch.eye(2), torch.arange(2), torch.tensor([[1.0, 0], [0, 1], [1, 0], [0, 1]]))
+        >>> guides.local_probability(torch.tensor([[[0.0, 1.0], [1.0, 1.0]]]), temperature=1.0)
+        tensor([[0.7311, 0.5000]])
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("atoms", torch.empty(0, dim))
+        self.register_buffer("atom_indices", torch.empty(0, dtype=torch.long))
+        self.register_buffer("coefficients", torch.empty(4, 0))
+        self.register_buffer("vectors", torch.zeros(4, dim))
+        self.atoms: torch.Tensor
+        self.atom_indices: torch.Tensor
+        self.coefficients: torch.Tensor
+        self.vectors: torch.Tensor
+
+    def set(self, atoms: torch.Tensor, atom_indices: torch.Tensor, coefficients: torch.Tensor) -> None:
+        """Take over learned guides, keeping only atoms that some guide uses.
+
+        Args:
+            atoms (torch.Tensor): Unit-norm atoms ``(n, D)``.
+            atom_indices (torch.Tensor): Their dictionary rows ``(n,)``.
+            coefficients (torch.Tensor): Coefficients ``(4, n)``; negative ones count as zero.
+        """
+        coefficients = coefficients.relu()
+        used = coefficients.any(dim=0)
+        self.atoms = atoms[used]
+        self.atom_indices = atom_indices[used]
+        self.coefficients = coefficients[:, used]
+        self.vectors = self.coefficients @ self.atoms
+
+    def local_probability(self, patches: torch.Tensor, temperature: float) -> torch.Tensor:
+        """Probability of each patch being anomalous.
+
+        The softmax over two cosines is a sigmoid of their difference, so one product per patch is enough. With
+        ``p_normal = 1 - p_anomaly`` the published map ``(p_anomaly + 1 - p_normal) / 2`` is ``p_anomaly`` itself.
+
+        Args:
+            patches (torch.Tensor): Patch tokens ``(..., D)``.
+            temperature (float): Softmax temperature.
+
+        Returns:
+            torch.Tensor: Probabilities ``(...)`` in ``[0, 1]``.
+        """
+        return anomaly_probability(patches, self.vectors[2], self.vectors[3], temperature)
+
+    def global_probability(self, pooled: torch.Tensor, temperature: float) -> torch.Tensor:
+        """Probability of each image being anomalous by its pooled token ``(..., D)``."""
+        return anomaly_probability(pooled, self.vectors[0], self.vectors[1], temperature)
+
+
+def anomaly_probability(
+    tokens: torch.Tensor,
+    normal: torch.Tensor,
+    anomaly: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """Softmax over the cosines to the normal and the anomaly guide, anomalous class.
+
+    Args:
+        tokens (torch.Tensor): Tokens ``(..., D)``.
+        normal (torch.Tensor): Normal guide ``(D,)``.
+        anomaly (torch.Tensor): Anomaly guide ``(D,)``.
+        temperature (float): Softmax temperature.
+
+    Returns:
+        torch.Tensor: Probabilities ``(...)`` in ``[0, 1]``.
+    """
+    direction = F.normalize(anomaly, dim=-1) - F.normalize(normal, dim=-1)
+    return torch.sigmoid((tokens @ direction) / (tokens.norm(dim=-1).clamp(min=1e-8) * temperature))
+
+
+def to_pixels(patch_map: torch.Tensor, patch_size: int, image_size: tuple[int, int]) -> torch.Tensor:
+    """Upsample a map over patches bilinearly to the pixels the patches cover, and cut off what was padded.
+
+    Args:
+        patch_map (torch.Tensor): Map ``(B, h, w)``.
+        patch_size (int): Side of a patch in pixels.
+        image_size (tuple[int, int]): Height and width of the image.
+
+    Returns:
+        torch.Tensor: Map ``(B, H, W)``.
+    """
+    height, width = patch_map.shape[-2] * patch_size, patch_map.shape[-1] * patch_size
+    pixels = F.interpolate(patch_map[:, None], (height, width), mode="bilinear", align_corners=False)[:, 0]
+    return pixels[:, : image_size[0], : image_size[1]]
+
+
+class _Coefficients(nn.Module):
+    """The learnable side of the guides; kept apart so that an average of it can be kept."""
+
+    def __init__(self, num_atoms: int, top_k: int | None) -> None:
+        super().__init__()
+        self.raw = nn.Parameter(0.1 + 0.01 * torch.randn(4, num_atoms))
+        self.top_k = top_k
+
+    def forward(self) -> torch.Tensor:
+        coefficients = self.raw.relu()
+        if self.top_k is None:
+            return coefficients
+        kept = torch.zeros_like(coefficients)
+        kept.scatter_(1, coefficients.topk(self.top_k, dim=1).indices, 1.0)
+        # Straight-through: the value is the truncated one, the gradient that of the full one.
+        return coefficients + (coefficients * kept - coefficients).detach()
+
+
+def train_guides(
+    guides: Guides,
+    dictionary: torch.Tensor,
+    alive: torch.Tensor,
+    patches: Sequence[torch.Tensor],
+    pooled: Sequence[torch.Tensor],
+    masks: Sequence[torch.Tensor],
+    labels: Sequence[bool],
+    grid: tuple[int, int],
+    patch_size: int,
+    temperature: float = 0.07,
+    epochs: int = 15,
+    batch_size: int = 8,
+    learning_rate: float = 1e-2,
+    sparsity: float = 1e-3,
+    top_k: int | None = None,
+    ema_decay: float = 0.999,
+    ema_warmup: bool = False,
+    log: Callable[[dict[str, float]], None] = lambda _: None,
+    description: str = "guides",
+) -> None:
+    """Learn the four guides on cached tokens and masks.
+
+    Args:
+        guides (Guides): Receives the result.
+        dictionary (torch.Tensor): Unit-norm atoms ``(C, D)``, on the device to train on.
+        alive (torch.Tensor): Boolean mask ``(C,)`` of the atoms that may be used.
+        patches (Sequence[torch.Tensor]): Patch tokens ``(N, D)`` of each image.
+        pooled (Sequence[torch.Tensor]): Pooled token ``(D,)`` of each image.
+        masks (Sequence[torch.Tensor]): Anomaly mask ``(H, W)`` of each image.
+        labels (Sequence[bool]): Whether each image is anomalous.
+        grid (tuple[int, int]): Rows and columns of patches.
+        patch_size (int): Side of a patch in pixels.
+        temperature (float): Softmax temperature of the local guides. Defaults to 0.07 (paper).
+        epochs (int): Passes over the images. Defaults to 15 (paper).
+        batch_size (int): Images per step. Defaults to 8 (paper).
+        learning_rate (float): Adam's step size. Defaults to 1e-2 (paper).
+        sparsity (float): Weight of the guides' mean L1 norm. Defaults to 1e-3 (paper).
+        top_k (int | None): Keep only that many coefficients per guide. Defaults to ``None`` (paper).
+        ema_decay (float): Decay of the moving average that is kept. Defaults to 0.999 (paper). 0 keeps the last step.
+        ema_warmup (bool): Let the decay rise as ``(1 + t) / (10 + t)`` up to ``ema_decay``, so that few steps are
+            enough (ours). ``False`` is the published behaviour, whose average starts at the first step's guides and
+            still weighs them 71 % after 345 steps.
+        log (Callable): Receives the mean losses after every epoch.
+        description (str): Name shown beside the progress bar.
+
+    Raises:
+        ValueError: If no atom is alive or ``top_k`` exceeds the living atoms.
+    """
+    device = dictionary.device
+    atom_indices = torch.nonzero(alive).squeeze(1)
+    if not len(atom_indices):
+        msg = "No atom of the dictionary fires on the training images; train the autoencoder longer (sae_epochs)."
+        raise ValueError(msg)
+    if top_k is not None and not 1 <= top_k <= len(atom_indices):
+        msg = f"guide_top_k={top_k} must lie between 1 and the {len(atom_indices)} atoms that fire on the training images."
+        raise ValueError(msg)
+    atoms = dictionary.detach()[atom_indices]
+    coefficients = _Coefficients(len(atoms), top_k).to(device)
+    decay = ema_decay
+
+    def average(kept: torch.Tensor, new: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        weight = torch.clamp((1 + step) / (10 + step), max=decay) if ema_warmup else decay
+        return torch.lerp(new, kept, torch.as_tensor(weight, dtype=new.dtype, device=new.device))
+
+    averaged = AveragedModel(coefficients, avg_fn=average)  # its first update copies
+    optimizer = torch.optim.Adam(coefficients.parameters(), lr=learning_rate, betas=(0.5, 0.999))
+    targets = torch.tensor(labels, dtype=torch.long, device=device)
+    size = tuple(masks[0].shape)
+
+    with tqdm(range(epochs), desc=description, unit="epoch") as progress:
+        for _ in progress:
+            totals = torch.zeros(3, device=device)
+            for batch in torch.randperm(len(patches)).split(batch_size):
+                x = torch.stack([patches[i] for i in batch]).to(device, torch.float32)
+                cls = torch.stack([pooled[i] for i in batch]).to(device, torch.float32)
+                mask = torch.stack([masks[i] for i in batch]).to(device, torch.float32)
+                weights = coefficients()
+                vectors = weights @ atoms
+                cosines = F.normalize(cls, dim=1) @ F.normalize(vectors[:2], dim=1).T
+                detection = F.cross_entropy(cosines, targets[batch.to(device)])
+                local = anomaly_probability(x, vectors[2], vectors[3], temperature)
+                p_anomaly = to_pixels(local.view(-1, *grid), patch_size, size)
+                segmentation = (
+                    focal_loss(p_anomaly, mask) + dice_loss(p_anomaly, mask) + dice_loss(1 - p_anomaly, 1 - mask)
+                )
+                l1 = sparsity * weights.sum(dim=1).mean()
+                optimizer.zero_grad()
+                (detection + segmentation + l1).backward()
+                optimizer.step()
+                averaged.update_parameters(coefficients)
+                totals += torch.stack([detection, segmentation, l1]).detach() * len(batch)
+            losses = dict(zip(("detection_loss", "segmentation_loss", "sparsity_loss"), totals.tolist(), strict=True))
+            losses = {name: value / len(patches) for name, value in losses.items()}
+            progress.set_postfix(loss=f"{sum(losses.values()):.4f}")
+            log(losses)
+
+    with torch.no_grad():
+        guides.set(atoms, atom_indices, averaged.module())
+    counts = ", ".join(f"{name} {int(n)}" for name, n in zip(GUIDE_NAMES, (guides.coefficients > 0).sum(1), strict=True))
+    logger.info("%s: atoms in use of %d alive: %s.", description, len(atom_indices), counts)
+
+
+def save_guides(path: str | Path, guides: Sequence[Guides], metadata: dict[str, Any]) -> Path:
+    """Write guides to a safetensors file, whole or not at all.
+
+    Args:
+        path (str | Path): File to write; folders are made.
+        guides (Sequence[Guides]): One set per layer.
+        metadata (dict[str, Any]): Plain data stored beside them; see :meth:`SPGModel.metadata`.
+
+    Returns:
+        Path: The file.
+
+    Raises:
+        OSError: If it cannot be written; a file of that name from before is left as it was.
+    """
+    path = Path(path)
+    tensors = {
+        f"{layer}.{name}": tensor.detach().cpu().contiguous()
+        for layer, guide in enumerate(guides)
+        for name, tensor in guide.named_buffers()
+    }
+    header = {"format": FILE_FORMAT, "version": FILE_VERSION, **{k: json.dumps(v) for k, v in metadata.items()}}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(save(tensors, metadata=header))
+        temporary.replace(path)
+    except OSError as exception:
+        msg = f"Could not save the guides to '{path}': {exception.strerror or exception}. Free space or choose another path."
+        raise OSError(msg) from exception
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def read_guides(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read a guides file.
+
+    Args:
+        path (str | Path): File written by :func:`save_guides`.
+
+    Returns:
+        tuple[dict[str, torch.Tensor], dict[str, Any]]: Tensors named ``"<layer number>.<buffer>"``, and the metadata.
+
+    Raises:
+        ValueError: If there is no such file, it is unreadable, or it is not a guides file.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    except (OSError, SafetensorError) as exception:
+        msg = f"Cannot read the guides file '{path}': {exception}. It is the .safetensors file that training SPG leaves."
+        raise ValueError(msg) from exception
+    if header.pop("format", None) != FILE_FORMAT:
+        msg = f"'{path}' is a safetensors file but holds no SPG guides. Pass model weights as weights=, not guides=."
+        raise ValueError(msg)
+    version = header.pop("version")
+    if version != FILE_VERSION:
+        msg = f"'{path}' has guides format {version}, this version reads {FILE_VERSION}. Update anomalib-spg-lake."
+        raise ValueError(msg)
+    return tensors, {key: json.loads(value) for key, value in header.items()}

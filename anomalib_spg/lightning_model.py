@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""SPG as an anomalib model.
+
+Reference: Sparse-Projected Guides for zero-shot anomaly detection (arXiv 2604.02871).
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from anomalib import LearningType
+from anomalib.data import Batch
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule, MemoryBankMixin
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import nn
+from torchvision.transforms.v2 import Compose, Normalize, Resize
+from tqdm import tqdm
+
+from .backbone import DEFAULT_BACKBONE, default_image_size, pretrained_config
+from .evaluator import default_evaluator
+from .guides import read_guides
+from .post_processor import OrderPreservingPostProcessor
+from .synthesis import AnomalySynthesizer
+from .torch_model import GIB, SPGModel
+from .unreadable import NameUnreadableImages
+
+logger = logging.getLogger(__name__)
+
+
+class SPG(MemoryBankMixin, AnomalibModule):
+    """SPG: Sparse-Projected Guides.
+
+    A sparse autoencoder's dictionary over the patch tokens of a frozen foundation model, and four sparse guides written
+    in it, tell anomalous from normal patches. What it learns from is decided by the datamodule:
+
+    - Training images with labels and masks (:class:`anomalib_spg.AuxiliaryTarget`): as published.
+    - Normal training images only (any other datamodule of anomalib): synthetic anomalies are drawn on them (ours).
+    - Nothing, with ``guides=<file>``: zero-shot. Training leaves such a file in ``weights/guides.safetensors``.
+
+    Args:
+        backbone (str | None): timm model name. ``None`` is that of the guides file, else DINOv3-L/16 (paper).
+        layers (Sequence[int] | None): 0-based blocks whose tokens are used, negative ones from the end; one dictionary
+            and guide set is learned per layer and the maps are averaged. ``None`` is that of the guides file, else the
+            last block (paper).
+        pre_trained (bool): Load the backbone's weights. Defaults to ``True``.
+        weights (str | Path | None): Local weights file (safetensors or PyTorch, timm's naming) used instead of timm's
+            hub. Defaults to ``None``.
+        image_size (int | tuple[int, int] | None): Size images are resized to. ``None`` is that of the guides file, else
+            448, or 518 for CLIP (paper).
+        guides (str | Path | None): Guides file; nothing is learned then. Defaults to ``None``.
+        views (int): How many times anomalies are drawn on each normal training image; without effect on labelled data.
+            Defaults to 8 (ours).
+        num_atoms (int): Dictionary size. Defaults to 4096 (paper).
+        k (int): Atoms per token. Defaults to 32 (paper).
+        sae_epochs (int): Epochs of stage 1. Defaults to 50 (paper).
+        guide_epochs (int): Epochs of stage 2. Defaults to 15 (paper).
+        guide_top_k (int | None): Atoms per guide; ``None`` leaves it to the L1 penalty (paper). Defaults to ``None``.
+        sparsity (float): Weight of the guides' mean L1 norm. Defaults to 1e-3 (paper).
+        ema_decay (float): Decay of the guides' moving average. Defaults to 0.999 (paper).
+        ema_warmup (bool): Let that decay rise from low values, for small data (ours). Defaults to ``False`` (paper).
+        temperature (float | None): Softmax temperature. ``None`` is that of the guides file, else 0.07 (paper).
+        sigma (float): Gaussian smoothing of the map in pixels; 0 for none. Defaults to 4 (paper).
+        image_score (Literal["max", "top", "lse"]): How the map becomes a score: its maximum (paper), the mean of its
+            top ``top_fraction``, or log-mean-exp. Defaults to ``"max"``.
+        top_fraction (float): Share of pixels for ``"top"``. Defaults to 0.01.
+        cls_weight (float): Weight of the score by the pooled token against that of the map. Defaults to 0 (paper).
+        memory_limit (float): Most memory stored tokens and masks may take, in GiB. Defaults to 16 (ours).
+        pre_processor (nn.Module | bool, optional): Pre-processor instance or flag to use the default.
+            Defaults to ``True``.
+        post_processor (nn.Module | bool, optional): Post-processor instance or flag to use the default.
+            Defaults to ``True``.
+        evaluator (Evaluator | bool, optional): Evaluator instance or flag to use the default. Defaults to ``True``.
+        visualizer (Visualizer | bool, optional): Visualizer instance or flag to use the default. Defaults to ``True``.
+
+    Attributes:
+        synthesizer (AnomalySynthesizer): Draws the anomalies; replace it to draw others.
+
+    Raises:
+        ValueError: If an argument is out of range, or the guides file belongs to another backbone or layer.
+
+    Example:
+        >>> from anomalib_spg import SPG
+        >>> model = SPG(backbone="vit_tiny_patch16_224", layers=[5], pre_trained=False, image_size=224)
+        >>> model.model.backbone.layers
+        [5]
+    """
+
+    def __init__(
+        self,
+        backbone: str | None = None,
+        layers: Sequence[int] | None = None,
+        pre_trained: bool = True,
+        weights: str | Path | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        guides: str | Path | None = None,
+        views: int = 8,
+        num_atoms: int = 4096,
+        k: int = 32,
+        sae_epochs: int = 50,
+        guide_epochs: int = 15,
+        guide_top_k: int | None = None,
+        sparsity: float = 1e-3,
+        ema_decay: float = 0.999,
+        ema_warmup: bool = False,
+        temperature: float | None = None,
+        sigma: float = 4.0,
+        image_score: Literal["max", "top", "lse"] = "max",
+        top_fraction: float = 0.01,
+        cls_weight: float = 0.0,
+        memory_limit: float = 16.0,
+        pre_processor: nn.Module | bool = True,
+        post_processor: nn.Module | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        stored = read_guides(guides)[1] if guides is not None else {}
+        backbone = backbone or stored.get("backbone", DEFAULT_BACKBONE)
+        image_size = image_size or stored.get("image_size") or default_image_size(backbone)
+        size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
+        super().__init__(
+            pre_processor=self.configure_pre_processor(size, backbone) if pre_processor is True else pre_processor,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        self.guides = guides
+        self.views = views
+        self.synthesizer = AnomalySynthesizer()
+        self.model: SPGModel = SPGModel(
+            backbone=backbone,
+            layers=layers,
+            pre_trained=pre_trained,
+            weights=weights,
+            image_size=self.input_size or size,
+            guides=guides,
+            num_atoms=num_atoms,
+            k=k,
+            sae_epochs=sae_epochs,
+            guide_epochs=guide_epochs,
+            guide_top_k=guide_top_k,
+            sparsity=sparsity,
+            ema_decay=ema_decay,
+            ema_warmup=ema_warmup,
+            temperature=temperature,
+            sigma=sigma,
+            image_score=image_score,
+            top_fraction=top_fraction,
+            cls_weight=cls_weight,
+            memory_limit=memory_limit,
+        )
+        self._is_fitted = torch.tensor([guides is not None])
+
+    @classmethod
+    def configure_pre_processor(
+        cls,
+        image_size: tuple[int, int] | None = None,
+        backbone: str = DEFAULT_BACKBONE,
+    ) -> PreProcessor:
+        """Configure the default pre-processor: resize, and normalise with the backbone's own image statistics.
+
+        Args:
+            image_size (tuple[int, int] | None, optional): Size to resize to. Defaults to that of the published results.
+            backbone (str): timm model name.
+
+        Returns:
+            PreProcessor: Configured pre-processor.
+
+        Example:
+            >>> SPG.configure_pre_processor((448, 448)).transform.transforms[0].size
+            [448, 448]
+        """
+        config = pretrained_config(backbone)
+        return PreProcessor(
+            transform=Compose([
+                Resize(image_size or default_image_size(backbone), antialias=True),
+                Normalize(mean=list(config["mean"]), std=list(config["std"])),
+            ]),
+        )
+
+    @staticmethod
+    def configure_post_processor() -> PostProcessor:
+        """Configure the default post-processor, which cannot change a ranking metric."""
+        return OrderPreservingPostProcessor()
+
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """Configure the default evaluator: anomalib's metrics, and average precision and AUPRO as in the paper."""
+        return default_evaluator()
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """Add the callback that names images which cannot be read."""
+        return [*super().configure_callbacks(), NameUnreadableImages()]
+
+    @staticmethod
+    def configure_optimizers() -> None:
+        """Return no optimiser: both stages train on stored tokens, after the pass over the images."""
+        return
+
+    def on_train_start(self) -> None:
+        """Say what will be learned from, and refuse what does not fit the memory limit before it takes time."""
+        if self.guides is not None:
+            logger.info("SPG uses the guides in %s; nothing is trained.", self.guides)
+            return
+        dataset = self.trainer.train_dataloader.dataset
+        labelled = self._is_labelled(dataset)
+        total = len(dataset) * (1 if labelled else self.views)
+        size = self.input_size or self.model.backbone.image_size
+        self.model.check_memory(total, size)
+        logger.info(
+            "SPG learns from %s: %d passes through the backbone, tokens take %.2f GiB.",
+            "labelled images" if labelled else f"synthetic anomalies, {self.views} views of {len(dataset)} images",
+            total,
+            self.model.memory_need(total, size) / GIB,
+        )
+
+    @staticmethod
+    def _is_labelled(dataset: Any) -> bool:  # noqa: ANN401  # any dataset a user may bring
+        return bool(getattr(dataset, "has_anomalous", False))
+
+    def training_step(self, batch: Batch, *args, **kwargs) -> STEP_OUTPUT:
+        """Pass a batch through the backbone and store its tokens; see :meth:`fit` for the learning.
+
+        Args:
+            batch (Batch): Labelled images with masks, or normal images.
+            *args: Additional arguments (unused).
+            **kwargs: Additional keyword arguments (unused).
+
+        Returns:
+            STEP_OUTPUT: A dummy loss for Lightning.
+
+        Raises:
+            ValueError: If an image labelled anomalous has no mask.
+        """
+        del args, kwargs
+        if self.guides is None:
+            if self._is_labelled(self.trainer.train_dataloader.dataset):
+                if batch.gt_mask is None:
+                    msg = (
+                        "SPG learns from masks, but the training images have none "
+                        f"(first: {batch.image_path[0] if batch.image_path else 'unknown'}). Give the dataset's masks, "
+                        "or train on normal images only."
+                    )
+                    raise ValueError(msg)
+                self.model(batch.image, batch.gt_mask, batch.gt_label)
+            else:
+                for _ in tqdm(range(self.views), desc="views", unit="view", leave=False, disable=self.views == 1):
+                    self.model(*self.synthesizer(batch.image))
+        return torch.tensor(0.0, requires_grad=True, device=self.device)
+
+    def fit(self) -> None:
+        """Learn dictionary and guides from the stored tokens, and save the guides file."""
+        if self.guides is not None:
+            return
+
+        def log(losses: dict[str, float], epoch: int) -> None:
+            for trainer_logger in self.trainer.loggers:
+                trainer_logger.log_metrics(losses, step=epoch)
+
+        self.model.fit(log)
+        datamodule = getattr(self.trainer, "datamodule", None)
+        path = self.model.save_guides(
+            Path(self.trainer.default_root_dir) / "weights" / "guides.safetensors",
+            dataset=getattr(datamodule, "name", None),
+            category=getattr(datamodule, "category", None),
+        )
+        logger.info("Seconds spent: %s.", ", ".join(f"{name} {s:.0f}" for name, s in self.model.seconds.items()))
+        logger.info("Guides saved to %s. SPG(guides=...) uses them on other data without training.", path)
+
+    def validation_step(self, batch: Batch, *args, **kwargs) -> STEP_OUTPUT:
+        """Find anomalies in a validation batch.
+
+        Args:
+            batch (Batch): Input batch.
+            *args: Additional arguments (unused).
+            **kwargs: Additional keyword arguments (unused).
+
+        Returns:
+            STEP_OUTPUT: The batch with predictions.
+        """
+        del args, kwargs
+        return batch.update(**self.model(batch.image)._asdict())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make the checkpoint stand alone: restoring it needs neither hub nor weights nor guides file."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["hyper_parameters"] |= {
+            **self._identity(),
+            "temperature": self.model.temperature,
+            "pre_trained": False,
+            "weights": None,
+            "guides": None,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore component configuration, and refuse the checkpoint of another backbone.
+
+        Raises:
+            ValueError: If backbone, layers or image size differ.
+        """
+        super().on_load_checkpoint(checkpoint)
+        saved = checkpoint.get("hyper_parameters", {})
+        for name, own in self._identity().items():
+            if saved.get(name, own) != own:
+                msg = (
+                    f"The checkpoint was saved with {name}={saved[name]}, this model has {name}={own}. Give the model "
+                    "the arguments it was trained with (for instance the same --config)."
+                )
+                raise ValueError(msg)
+
+    def _identity(self) -> dict[str, Any]:
+        backbone = self.model.backbone
+        return {"backbone": backbone.name, "layers": backbone.layers, "image_size": list(backbone.image_size)}
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Trainer arguments of SPG.
+
+        Returns:
+            dict[str, Any]: One epoch on one device, because the images are passed once and the stages run on stored
+                tokens; with a guides file a single batch, because nothing is learned.
+        """
+        arguments = {"gradient_clip_val": 0, "max_epochs": 1, "num_sanity_val_steps": 0, "devices": 1}
+        return arguments | ({"limit_train_batches": 1} if self.guides is not None else {})
+
+    @property
+    def learning_type(self) -> LearningType:
+        """Learning type.
+
+        Returns:
+            LearningType: Always ``ONE_CLASS``. The method is zero-shot, but anomalib's engine would only validate a
+                ``ZERO_SHOT`` model: it could not learn its guides, nor run in ``anomalib benchmark``.
+        """
+        return LearningType.ONE_CLASS
+

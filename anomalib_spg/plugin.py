@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Makes installed plugin models known to anomalib, without a change to anomalib or to the user's commands.
+
+anomalib itself has no discovery of third-party models. torch, however, calls every entry point of the group
+``torch.backends`` at the end of ``import torch`` (its autoload mechanism, off with ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``).
+:func:`autoload` is declared there and does nothing but ask to be called back once ``anomalib.models`` is imported;
+:func:`register_models` then loads every entry point of the group ``anomalib.models``, of any distribution.
+
+This module, and the packages' ``__init__``, are imported while torch is still importing, so they must not import it.
+"""
+
+import sys
+import warnings
+from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
+from typing import Any
+
+GROUP = "anomalib.models"
+
+
+def autoload() -> None:
+    """Ask for :func:`register_models` to be called when ``anomalib.models`` is imported. Never raises."""
+    try:
+        import wrapt
+
+        wrapt.register_post_import_hook(register_models, "anomalib.models")
+    except Exception as exception:  # noqa: BLE001  # `import torch` must survive whatever goes wrong here
+        warnings.warn(f"anomalib plugin models are not registered: {exception!r}", stacklevel=2)
+
+
+def register_models(models: ModuleType | None = None) -> None:
+    """Load the entry points of the group ``anomalib.models`` and make them known to anomalib.
+
+    Each class becomes an attribute of ``anomalib.models`` (for ``class_path: SPG``), and its module one that
+    ``get_model`` may import from (for ``class_path: anomalib_spg.SPG``). An entry point that cannot be loaded costs a
+    warning that names it. Calling this again does no harm.
+
+    Args:
+        models (ModuleType | None): The module ``anomalib.models``. ``None`` takes it if it has been imported, and does
+            nothing if not.
+    """
+    models = models or sys.modules.get("anomalib.models")
+    if models is None:
+        return
+    if not _is_complete(models):
+        # anomalib.models was imported first and is itself importing torch: wait until somebody uses it.
+        models.__class__ = _Awaiting
+        return
+    for entry_point in entry_points(group=GROUP):
+        try:
+            model = entry_point.load()
+        except Exception as exception:  # noqa: BLE001  # somebody else's broken package must not break anomalib
+            if _is_importing(entry_point):
+                # The plugin was imported first and is itself importing anomalib: its class is not there yet.
+                models.__class__ = _Awaiting
+                continue
+            source = f" of {entry_point.dist.name}" if entry_point.dist else ""
+            warnings.warn(
+                f"anomalib model '{entry_point.name} = {entry_point.value}'{source} could not be loaded and is left "
+                f"out: {exception!r}",
+                stacklevel=2,
+            )
+            continue
+        if getattr(models, entry_point.name, model) is not model:
+            warnings.warn(
+                f"anomalib model '{entry_point.name} = {entry_point.value}' is left out: anomalib.models has a "
+                f"{entry_point.name} already.",
+                stacklevel=2,
+            )
+            continue
+        setattr(models, entry_point.name, model)
+        getattr(models, "ALLOWED_MODULES", set()).add(entry_point.module)
+
+
+def _is_complete(models: ModuleType) -> bool:
+    """Whether ``anomalib.models`` has run to its end, where ``get_model`` stands."""
+    return "get_model" in ModuleType.__getattribute__(models, "__dict__")
+
+
+class _Awaiting(ModuleType):
+    """``anomalib.models`` while it, or a plugin, is importing; registers when it is next used after that."""
+
+    def __getattribute__(self, name: str) -> Any:  # noqa: ANN401
+        if _is_complete(self):
+            self.__class__ = ModuleType
+            register_models(self)
+        return ModuleType.__getattribute__(self, name)
+
+
+def _is_importing(entry_point: EntryPoint) -> bool:
+    """Whether any module of an entry point's package is being imported right now."""
+    package = entry_point.module.split(".")[0]
+    return any(
+        getattr(getattr(module, "__spec__", None), "_initializing", False)
+        for name, module in list(sys.modules.items())
+        if name.split(".")[0] == package
+    )

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Stage 1: the TopK sparse autoencoder whose dictionary the guides are written in.
+
+Reference: Gao et al., Scaling and evaluating sparse autoencoders (arXiv 2406.04093), with the settings of SPG
+(arXiv 2604.02871).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from tqdm import tqdm
+
+FIRE_THRESHOLD = 1e-3  # an atom counts as fired above this activation (paper)
+
+
+class SparseCode(NamedTuple):
+    """Sparse code of ``n`` tokens.
+
+    Attributes:
+        activations (torch.Tensor): Kept activations ``(n, k)``, non-negative.
+        atoms (torch.Tensor): Which atom each belongs to ``(n, k)``.
+        pre_activations (torch.Tensor): All atoms' values before TopK ``(n, C)``.
+    """
+
+    activations: torch.Tensor
+    atoms: torch.Tensor
+    pre_activations: torch.Tensor
+
+
+class TopKSAE(nn.Module):
+    r"""TopK sparse autoencoder with unit-norm atoms.
+
+    .. math:: z = \max(0, \mathrm{TopK}_k(W x)), \qquad \hat x = z^\top A
+
+    The encoder :math:`W` starts equal to the dictionary :math:`A` and is trained apart from it. There is no bias and no
+    normalisation of the input.
+
+    Args:
+        dim (int): Token dimension ``D``.
+        num_atoms (int): Dictionary size ``C``. Defaults to 4096 (paper).
+        k (int): Atoms kept per token. Defaults to 32 (paper).
+        aux_k (int): Dead atoms that reconstruct the residual. Defaults to 512 (paper).
+        dead_after (int): Tokens without firing after which an atom is dead. Defaults to 10 million (paper).
+
+    Raises:
+        ValueError: If ``k`` is not in ``[1, num_atoms]``.
+
+    Example:
+        >>> sae = TopKSAE(dim=8, num_atoms=16, k=4)
+        >>> code = sae.encode(torch.randn(5, 8))
+        >>> sae.decode(code).shape
+        torch.Size([5, 8])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_atoms: int = 4096,
+        k: int = 32,
+        aux_k: int = 512,
+        dead_after: int = 10_000_000,
+    ) -> None:
+        super().__init__()
+        if not 1 <= k <= num_atoms:
+            msg = f"k={k} atoms per token must lie between 1 and the dictionary size num_atoms={num_atoms}."
+            raise ValueError(msg)
+        self.k = k
+        self.aux_k = aux_k
+        self.dead_after = dead_after
+        self.dictionary = nn.Parameter(F.normalize(torch.randn(num_atoms, dim), dim=1))
+        self.encoder = nn.Parameter(self.dictionary.detach().clone())
+        self.register_buffer("tokens_since_fired", torch.zeros(num_atoms, dtype=torch.long))
+        self.tokens_since_fired: torch.Tensor
+
+    def encode(self, tokens: torch.Tensor) -> SparseCode:
+        """Encode tokens ``(n, D)``."""
+        pre_activations = tokens @ self.encoder.T
+        activations, atoms = pre_activations.topk(self.k, dim=1, sorted=False)
+        return SparseCode(activations.relu(), atoms, pre_activations)
+
+    def decode(self, code: SparseCode) -> torch.Tensor:
+        """Reconstruct tokens ``(n, D)``; only the atoms that fired are read."""
+        return F.embedding_bag(code.atoms, self.dictionary, per_sample_weights=code.activations, mode="sum")
+
+    def loss(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Mean squared reconstruction error plus AuxK / 32, and bookkeeping of which atoms fired.
+
+        Args:
+            tokens (torch.Tensor): Tokens ``(n, D)``.
+
+        Returns:
+            torch.Tensor: Scalar loss.
+        """
+        code = self.encode(tokens)
+        reconstruction = self.decode(code)
+        loss = F.mse_loss(reconstruction, tokens)
+        with torch.no_grad():
+            self.tokens_since_fired += len(tokens)
+            self.tokens_since_fired[code.atoms[code.activations > FIRE_THRESHOLD]] = 0
+        dead = torch.nonzero(self.tokens_since_fired > self.dead_after).squeeze(1)
+        if len(dead):
+            # The dead atoms learn what the living ones leave over; that residual is a target, not a path for gradients.
+            activations, index = code.pre_activations[:, dead].topk(min(self.aux_k, len(dead)), dim=1, sorted=False)
+            auxiliary = self.decode(SparseCode(activations.relu(), dead[index], code.pre_activations))
+            loss = loss + F.mse_loss(auxiliary, tokens - reconstruction.detach()) / 32
+        return loss
+
+    @torch.no_grad()
+    def normalize_atoms(self) -> None:
+        """Put the atoms back to unit norm; to be called after every optimiser step."""
+        self.dictionary.copy_(F.normalize(self.dictionary, dim=1))
+
+
+def train_sae(
+    sae: TopKSAE,
+    tokens: list[torch.Tensor],
+    epochs: int = 50,
+    batch_size: int = 16,
+    learning_rate: float = 1e-3,
+    log: Callable[[dict[str, float]], None] = lambda _: None,
+    description: str = "SAE",
+) -> torch.Tensor:
+    """Train a sparse autoencoder on cached patch tokens.
+
+    Args:
+        sae (TopKSAE): The autoencoder, on the device to train on.
+        tokens (list[torch.Tensor]): Patch tokens ``(N, D)`` of each image, in any precision, on any device.
+        epochs (int): Passes over the images. Defaults to 50 (paper).
+        batch_size (int): Images per step. Defaults to 16 (paper).
+        learning_rate (float): Adam's step size. Defaults to 1e-3 (paper).
+        log (Callable): Receives ``{"sae_loss": mean over the epoch}`` after every epoch.
+        description (str): Name shown beside the progress bar.
+
+    Returns:
+        torch.Tensor: Boolean mask ``(C,)`` of the atoms that fire at least once over all tokens.
+    """
+    device = sae.dictionary.device
+    optimizer = torch.optim.Adam(sae.parameters(), lr=learning_rate, betas=(0.5, 0.999))
+    with tqdm(range(epochs), desc=description, unit="epoch") as progress:
+        for _ in progress:
+            total = torch.zeros((), device=device)
+            for batch in torch.randperm(len(tokens)).split(batch_size):
+                loss = sae.loss(torch.cat([tokens[i] for i in batch]).to(device, torch.float32))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                sae.normalize_atoms()
+                total += loss.detach() * len(batch)
+            mean = total.item() / len(tokens)
+            progress.set_postfix(loss=f"{mean:.4f}")
+            log({"sae_loss": mean})
+
+    alive = torch.zeros(len(sae.dictionary), dtype=torch.bool, device=device)
+    with torch.no_grad():
+        for start in range(0, len(tokens), batch_size):
+            code = sae.encode(torch.cat(tokens[start : start + batch_size]).to(device, torch.float32))
+            alive[code.atoms[code.activations > FIRE_THRESHOLD]] = True
+    return alive

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Synthetic anomalies with known masks, drawn on normal images.
+
+This goes beyond the paper, which learns from a labelled auxiliary dataset only. A drawn anomaly is a shape (where)
+filled with a content (what), blended in with a random strength. All draws come from torch's global CPU generator, so
+the seed decides them. Images may be on any scale (normalised or not): contents take their levels from the image.
+"""
+
+import math
+
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib.data.utils.generators.perlin import generate_perlin_noise
+
+SHAPES = ("blob", "ellipse", "scratch", "speckle", "perlin")
+CONTENTS = ("foreign", "paste", "smear", "grain", "tone", "contrast")
+
+
+class AnomalySynthesizer:
+    """Draw synthetic anomalies on a batch of normal images.
+
+    Args:
+        probability (float): Share of images that get an anomaly; the others are returned as they are.
+            Defaults to 0.5 (ours).
+        size (tuple[float, float]): Smallest and largest extent of an anomaly as a share of the image's shorter side,
+            drawn log-uniformly. Defaults to ``(0.02, 0.4)`` (ours).
+        max_anomalies (int): Most anomalies drawn on one image. Defaults to 3 (ours).
+        strength (tuple[float, float]): Range of the blending weight of the content. Defaults to ``(0.4, 1.0)`` (ours).
+        contents (tuple[str, ...]): Kinds of content to choose from: ``"foreign"`` (a piece of another image, stretched
+            and turned, or a procedural pattern), ``"paste"`` (a turned piece of the same image), ``"smear"`` (blur
+            along a direction), ``"grain"`` (noise, or shuffled pixels), ``"tone"`` (one colour), ``"contrast"`` (the
+            place itself with other brightness and contrast). Defaults to all.
+
+    Raises:
+        ValueError: If a kind of content is unknown or a range is empty.
+
+    Example:
+        >>> images = torch.rand(4, 3, 64, 64)
+        >>> drawn, masks = AnomalySynthesizer(probability=1.0)(images)
+        >>> drawn.shape, masks.shape, bool(masks.flatten(1).any(dim=1).all())
+        (torch.Size([4, 3, 64, 64]), torch.Size([4, 64, 64]), True)
+    """
+
+    def __init__(
+        self,
+        probability: float = 0.5,
+        size: tuple[float, float] = (0.02, 0.4),
+        max_anomalies: int = 3,
+        strength: tuple[float, float] = (0.4, 1.0),
+        contents: tuple[str, ...] = CONTENTS,
+        shapes: tuple[str, ...] = SHAPES,
+    ) -> None:
+        unknown = set(contents) - set(CONTENTS)
+        if unknown or not contents:
+            msg = f"Unknown anomaly contents {sorted(unknown)}; choose from {CONTENTS}."
+            raise ValueError(msg)
+        if not 0 <= probability <= 1 or not 0 < size[0] <= size[1] <= 1 or not 0 < strength[0] <= strength[1] <= 1:
+            msg = f"Need probability in [0, 1] and rising ranges in (0, 1]; got {probability}, {size}, {strength}."
+            raise ValueError(msg)
+        self.probability = probability
+        self.size = size
+        self.max_anomalies = max_anomalies
+        self.strength = strength
+        self.contents = contents
+        self.shapes = shapes
+
+    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw on a batch.
+
+        Args:
+            images (torch.Tensor): Normal images ``(B, C, H, W)`` on any scale. They serve each other as foreign texture.
+
+        Returns:
+            tuple[torch.Tensor, torch.Tensor]: Images with anomalies ``(B, C, H, W)`` and boolean masks ``(B, H, W)``.
+        """
+        low, high = images.amin(), images.amax()
+        drawn, masks = [], []
+        for index, image in enumerate(images):
+            mask = torch.zeros(image.shape[-2:], dtype=torch.bool, device=image.device)
+            if torch.rand(()) < self.probability:
+                others = torch.randint(len(images), ()).item()
+                foreign = images[others] if others != index else image.flip(-1).transpose(-1, -2)
+                for _ in range(torch.randint(1, self.max_anomalies + 1, ())):
+                    image, new = self._draw(image, foreign)  # noqa: PLW2901
+                    mask |= new
+            drawn.append(image)
+            masks.append(mask)
+        return torch.stack(drawn).clamp(low, high), torch.stack(masks)
+
+    def _draw(self, image: torch.Tensor, foreign: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        height, width = image.shape[-2:]
+        mask = _shape(_choose(self.shapes), height, width, self.size).to(image.device)
+        content = _content(_choose(self.contents), image, foreign, mask)
+        # A soft edge keeps the outline itself from being the giveaway.
+        alpha = _blur(mask.float()[None], _uniform(0.3, 2.0))[0] * _uniform(*self.strength)
+        return torch.lerp(image, content, alpha), mask
+
+
+def _uniform(low: float, high: float) -> float:
+    return low + (high - low) * torch.rand(()).item()
+
+
+def _choose(options: tuple[str, ...]) -> str:
+    return options[torch.randint(len(options), ())]
+
+
+def _shape(kind: str, height: int, width: int, size: tuple[float, float]) -> torch.Tensor:
+    """Boolean mask ``(H, W)`` of one anomaly; never empty."""
+    extent = min(height, width) * math.exp(_uniform(math.log(size[0]), math.log(size[1])))
+    extent = max(extent, 2.0)
+    cy, cx = _uniform(0, height - 1), _uniform(0, width - 1)
+    angle = _uniform(0, math.pi)
+    y, x = torch.meshgrid(torch.arange(height) - cy, torch.arange(width) - cx, indexing="ij")
+    along, across = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
+    if kind == "perlin":
+        scale = tuple(2 ** torch.randint(1, 6, (2,)).tolist()[i] for i in range(2))
+        noise = generate_perlin_noise(height, width, scale=scale, device=torch.device("cpu"))
+        near = (along**2 + across**2).sqrt() < 2 * extent
+        mask = (noise > noise[near].quantile(_uniform(0.5, 0.85)) if near.sum() < 2**24 else noise > 0.5) & near
+    elif kind == "scratch":
+        length, thickness = max(2 * extent, 8.0), _uniform(0.6, 2.5) * max(min(height, width) / 448, 0.5)
+        bend = _uniform(-1, 1) / length
+        curve = across - bend * (along**2 - (length / 2) ** 2)
+        mask = (along.abs() < length / 2) & (curve.abs() < thickness)
+    elif kind == "speckle":
+        dots = torch.randn(torch.randint(3, 12, ()), 2) * extent / 2
+        radius = max(extent * 0.08, 1.0)
+        mask = torch.cdist(torch.stack([y, x], dim=-1).view(-1, 2).float(), dots).amin(dim=1).view(height, width) < radius
+    else:
+        ratio = _uniform(0.3, 1.0)
+        radius = ((along / (extent / 2)) ** 2 + (across / (extent / 2 * ratio)) ** 2).sqrt()
+        if kind == "blob":
+            theta = torch.atan2(across, along)
+            for lobes in (2, 3, 5):
+                radius = radius * (1 + _uniform(-0.35, 0.35) * torch.cos(lobes * theta + _uniform(0, 2 * math.pi)))
+        mask = radius < 1
+    mask[round(cy), round(cx)] = True
+    return mask
+
+
+def _content(kind: str, image: torch.Tensor, foreign: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """What fills the mask, as a whole image ``(C, H, W)``."""
+    mean, std = image.mean(dim=(1, 2), keepdim=True), image.std(dim=(1, 2), keepdim=True)
+    if kind == "foreign":
+        if torch.rand(()) < 0.5:
+            return _pattern(image, mean, std)
+        piece = _turn(foreign, zoom=math.exp(_uniform(-1.2, 1.2)))
+        return _retone(piece, mean, std)
+    if kind == "paste":
+        piece = _turn(image, zoom=math.exp(_uniform(-0.5, 0.5)))
+        return piece + std * _uniform(-0.5, 0.5)
+    if kind == "smear":
+        return _motion_blur(image, length=_uniform(5, 40)) + std * _uniform(-0.3, 0.3)
+    if kind == "grain":
+        if torch.rand(()) < 0.5:
+            reach = max(1, int(_uniform(2, 10)))
+            return _shuffle(image, reach)
+        noise = torch.randn(1, *image.shape[-2:], device=image.device)
+        noise = _blur(noise, _uniform(0.1, 1.5))
+        return mean + std * (_uniform(-1, 1) + _uniform(0.7, 3) * noise / noise.std())
+    if kind == "tone":
+        colour = torch.randn(len(image), 1, 1).to(image) * 0.3 + _uniform(-3, 3)
+        return mean + std * colour + 0 * image
+    local = image[:, mask].mean(dim=1).view(-1, 1, 1)
+    return local + (image - local) * math.exp(_uniform(-1.2, 1.2)) + std * _uniform(-2, 2)
+
+
+def _pattern(image: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """A procedural texture on the image's own levels: Perlin noise, stripes or a checkerboard."""
+    height, width = image.shape[-2:]
+    choice = torch.randint(3, ()).item()
+    if choice == 0:
+        scale = tuple(2 ** torch.randint(2, 8, (2,)).tolist()[i] for i in range(2))
+        wave = generate_perlin_noise(height, width, scale=scale, device=torch.device("cpu"))
+    else:
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        period, angle = math.exp(_uniform(math.log(4), math.log(48))), _uniform(0, math.pi)
+        wave = torch.sin((x * math.cos(angle) + y * math.sin(angle)) * 2 * math.pi / period)
+        if choice == 2:
+            wave = wave * torch.sin((y * math.cos(angle) - x * math.sin(angle)) * 2 * math.pi / period)
+    colour = 1 + 0.5 * torch.randn(len(image), 1, 1)
+    return mean + std * (_uniform(-1, 1) + _uniform(1, 3) * (wave * colour).to(image))
+
+
+def _retone(piece: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """Bring a foreign piece near the image's levels, but not onto them."""
+    own_mean, own_std = piece.mean(dim=(1, 2), keepdim=True), piece.std(dim=(1, 2), keepdim=True)
+    sign = 1 if torch.rand(()) < 0.8 else -1
+    return mean + std * (sign * (piece - own_mean) / (own_std + 1e-6) * _uniform(0.5, 2) + _uniform(-1, 1))
+
+
+def _turn(image: torch.Tensor, zoom: float) -> torch.Tensor:
+    """Rotate, zoom and shift an image; the outside is mirrored in."""
+    angle = _uniform(0, 2 * math.pi)
+    cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
+    theta = torch.tensor([[cos, -sin, _uniform(-1, 1)], [sin, cos, _uniform(-1, 1)]], device=image.device)
+    grid = F.affine_grid(theta[None], (1, *image.shape), align_corners=False)
+    return F.grid_sample(image[None], grid, padding_mode="reflection", align_corners=False)[0]
+
+
+def _motion_blur(image: torch.Tensor, length: float) -> torch.Tensor:
+    """Average along a random direction over ``length`` pixels."""
+    angle, steps = _uniform(0, math.pi), max(3, int(length) // 2)
+    height, width = image.shape[-2:]
+    total = torch.zeros_like(image)
+    for step in torch.linspace(-length / 2, length / 2, steps).tolist():
+        dy, dx = round(step * math.sin(angle)) % height, round(step * math.cos(angle)) % width
+        total += image.roll((dy, dx), dims=(1, 2))
+    return total / steps
+
+
+def _shuffle(image: torch.Tensor, reach: int) -> torch.Tensor:
+    """Swap every pixel for one at most ``reach`` pixels away."""
+    height, width = image.shape[-2:]
+    dy, dx = torch.randint(-reach, reach + 1, (2, height, width), device="cpu").to(image.device)
+    rows = (torch.arange(height, device=image.device)[:, None] + dy).clamp(0, height - 1)
+    columns = (torch.arange(width, device=image.device)[None] + dx).clamp(0, width - 1)
+    return image[:, rows, columns]
+
+
+def _blur(image: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Gaussian blur of ``(C, H, W)``."""
+    radius = max(1, math.ceil(3 * sigma))
+    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=image.device) / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)
+    padded = F.pad(image[:, None], (radius, radius, radius, radius), mode="replicate")
+    return F.conv2d(F.conv2d(padded, kernel), kernel.transpose(-1, -2))[:, 0]

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Name the image that stopped a run."""
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image
+
+
+class NameUnreadableImages(Callback):
+    """When a run dies on an image that cannot be decoded, say which one.
+
+    PIL's message about a truncated file does not name it. The search runs only after the failure.
+    """
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Look for the culprit among the images of all datasets.
+
+        Raises:
+            ValueError: If images cannot be decoded; the message names them.
+        """
+        del pl_module
+        if not isinstance(exception, OSError):
+            return
+        datamodule = getattr(trainer, "datamodule", None)
+        subsets = [getattr(datamodule, f"{name}_data", None) for name in ("train", "val", "test")]
+        paths = {path for subset in subsets if subset is not None for path in subset.samples.image_path}
+        broken = [str(path) for path in sorted(paths) if not _is_readable(path)]
+        if broken:
+            msg = f"Cannot read {len(broken)} of {len(paths)} images: {', '.join(broken[:5])}. Replace or remove them."
+            raise ValueError(msg) from exception
+
+
+def _is_readable(path: str) -> bool:
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, SyntaxError):
+        return False
+    return True
