@@ -8,6 +8,7 @@ Any timm ViT with patch tokens serves. The four published ones are
 """
 
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,21 +125,34 @@ class Backbone(nn.Module):
         """
         if self._has_weights:
             return
-        overlay = {"file": str(self.weights)} if self.weights is not None else None
-        try:
-            source = timm.create_model(self.name, pretrained=True, pretrained_cfg_overlay=overlay, **self.vit_arguments)
-        except Exception as exception:
-            if self.weights is not None:
-                msg = f"Weights file '{self.weights}' does not fit backbone '{self.name}': {exception}"
-                raise ValueError(msg) from exception
-            msg = (
-                f"Could not get the weights of '{self.name}' from timm's hub ({type(exception).__name__}: {exception}). "
-                "Without internet, copy its model.safetensors to this machine and pass weights=<path> "
-                "(--model.weights on the command line)."
-            )
-            raise RuntimeError(msg) from exception
+        if self.weights is not None:
+            self._load_file(self.weights)
+        else:
+            try:
+                source = timm.create_model(self.name, pretrained=True, **self.vit_arguments)
+            except Exception as exception:
+                msg = (
+                    f"Could not get the weights of '{self.name}' from timm's hub ({type(exception).__name__}: "
+                    f"{exception}). Without internet, copy its model.safetensors to this machine and pass weights=<path> "
+                    "(--model.weights on the command line)."
+                )
+                raise RuntimeError(msg) from exception
+            self.vit.load_state_dict(source.state_dict())
         self._has_weights = True
-        self.vit.load_state_dict(source.state_dict())
+
+    def _load_file(self, path: str | Path) -> None:
+        """Load a local file strictly; timm's own loader would let missing keys pass where the head is left out."""
+        try:
+            state = timm.models.load_state_dict(str(path))
+            # timm's converter of a model family: original names to timm's, position grids to the model's size.
+            convert = getattr(sys.modules[type(self.vit).__module__], "checkpoint_filter_fn", None)
+            state = convert(state, self.vit) if convert else state
+            if not self.project:
+                state = {key: value for key, value in state.items() if not key.startswith("head.")}
+            self.vit.load_state_dict(state)
+        except Exception as exception:
+            msg = f"Weights file '{path}' does not fit backbone '{self.name}': {exception}"
+            raise ValueError(msg) from exception
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickling (export to torch, spawned workers) takes the weights along."""

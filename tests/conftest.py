@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Data and commands shared by the tests. Everything is made here or comes from installed packages; no network."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from anomalib_spg.quickstart import prepare
+
+REPOSITORY = Path(__file__).parents[1]
+TINY = "vit_tiny_patch16_224"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the real DINOv2-S/14 weights and the textile images."""
+    return prepare(tmp_path_factory.mktemp("data") / "quickstart")
+
+
+def run_command(arguments: list[str | Path], folder: Path, timeout: int = 600, **environment: str) -> str:
+    """Run a command in a folder and return what it printed; fail with its output if it fails."""
+    done = subprocess.run(
+        [str(argument) for argument in arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONWARNINGS": "ignore::FutureWarning", "COLUMNS": "200", **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, f"{arguments} failed:\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def anomalib_command() -> Callable[..., str]:
+    """The real ``anomalib`` command of this environment."""
+
+    def run(*arguments: str | Path, folder: Path, **keywords: str) -> str:
+        return run_command([Path(sys.executable).parent / "anomalib", *arguments], folder, **keywords)
+
+    return run
+
+
+def texture(name: str, rng: np.random.Generator, size: int = 96) -> np.ndarray:
+    """A crop of one of scikit-image's photographs of textures."""
+    import skimage.data
+
+    photo = getattr(skimage.data, name)()
+    y, x = rng.integers(0, 512 - size, 2)
+    return np.stack([photo[y : y + size, x : x + size]] * 3, axis=-1)
+
+
+def draw_defect(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A bright or dark disc, and its mask."""
+    size = len(image)
+    y, x = rng.integers(size // 4, 3 * size // 4, 2)
+    rows, columns = np.ogrid[:size, :size]
+    mask = (rows - y) ** 2 + (columns - x) ** 2 < (size // 8) ** 2
+    image = image.copy()
+    image[mask] = 255 - image[mask].mean() if rng.random() < 0.5 else rng.integers(0, 255)
+    return image, mask
+
+
+def make_mvtec(root: Path, categories: tuple[str, ...] = ("brick", "grass"), count: int = 4) -> Path:
+    """A small dataset in MVTec AD's layout: real textures, drawn defects, masks."""
+    for category in categories:
+        rng = np.random.default_rng(len(category))
+        for folder in ("train/good", "test/good"):
+            (root / category / folder).mkdir(parents=True)
+            for index in range(count):
+                Image.fromarray(texture(category, rng)).save(root / category / folder / f"{index:03}.png")
+        for folder in ("test/hole", "ground_truth/hole"):
+            (root / category / folder).mkdir(parents=True)
+        for index in range(count):
+            image, mask = draw_defect(texture(category, rng), rng)
+            Image.fromarray(image).save(root / category / "test/hole" / f"{index:03}.png")
+            Image.fromarray(mask).save(root / category / "ground_truth/hole" / f"{index:03}_mask.png")
+    return root
+
+
+def make_visa(root: Path, categories: tuple[str, ...] = ("gravel",), count: int = 4) -> Path:
+    """A small dataset in the layout anomalib gives VisA after its one-class split."""
+    for category in categories:
+        rng = np.random.default_rng(7)
+        base = root / "visa_pytorch" / category
+        for folder in ("train/good", "test/good", "test/bad", "ground_truth/bad"):
+            (base / folder).mkdir(parents=True)
+        for index in range(count):
+            for folder in ("train/good", "test/good"):
+                Image.fromarray(texture(category, rng)).save(base / folder / f"{index:03}.JPG")
+            image, mask = draw_defect(texture(category, rng), rng)
+            Image.fromarray(image).save(base / "test/bad" / f"{index:03}.JPG", quality=95)
+            Image.fromarray(mask).save(base / "ground_truth/bad" / f"{index:03}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def mvtec(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Root of a small dataset in MVTec AD's layout with the categories ``brick`` and ``grass``."""
+    return make_mvtec(tmp_path_factory.mktemp("mvtec"))
+
+
+@pytest.fixture(scope="session")
+def visa(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Root of a small dataset in VisA's layout with the category ``gravel``."""
+    return make_visa(tmp_path_factory.mktemp("visa"))

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Guides: the map's formula, learning, and the file."""
+
+import json
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from anomalib_spg.guides import Guides, read_guides, save_guides, to_pixels, train_guides
+
+
+def learn(epochs: int = 40, **arguments) -> tuple[Guides, torch.Tensor]:
+    """Learn on a world where one direction means anomalous."""
+    torch.manual_seed(0)
+    dictionary = torch.eye(8)
+    masks = [torch.zeros(4, 4) for _ in range(16)]
+    patches, pooled = [], []
+    for index, mask in enumerate(masks):
+        patch = torch.zeros(2, 2, 8)
+        patch[..., 0] = 1
+        patch += 0.1 * torch.rand_like(patch)
+        if index % 2:
+            mask[:2, 2:] = 1
+            patch[0, 1, 3] += 2
+        patches.append(patch.view(4, 8))
+        pooled.append(patch.view(4, 8).mean(dim=0))
+    guides = Guides(8)
+    labels = [bool(mask.any()) for mask in masks]
+    alive = torch.ones(8, dtype=torch.bool)
+    alive[7] = False
+    train_guides(guides, dictionary, alive, patches, pooled, masks, labels, (2, 2), 2, epochs=epochs, **arguments)
+    return guides, torch.stack(patches)
+
+
+def test_local_probability_is_the_published_map() -> None:
+    """softmax([cos_n, cos_a] / tau), map (p_a + 1 - p_n) / 2."""
+    guides = Guides(5)
+    atoms = torch.nn.functional.normalize(torch.randn(6, 5), dim=1)
+    coefficients = torch.rand(4, 6)
+    guides.set(atoms, torch.arange(6), coefficients)
+    x = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+    g = coefficients.numpy() @ atoms.numpy()
+
+    def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return a @ b / np.linalg.norm(a, axis=1) / np.linalg.norm(b)
+
+    for function, normal, anomaly in ((guides.local_probability, 2, 3), (guides.global_probability, 0, 1)):
+        logits = np.stack([cosine(x, g[normal]), cosine(x, g[anomaly])], axis=1) / 0.07
+        p = np.exp(logits - logits.max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(function(torch.from_numpy(x), 0.07), (p[:, 1] + 1 - p[:, 0]) / 2, rtol=1e-4)
+
+
+def test_set_keeps_only_atoms_in_use() -> None:
+    """Negative coefficients count as zero; the vectors are the sums."""
+    guides = Guides(2)
+    coefficients = torch.tensor([[1.0, -1, 0], [0, -2, 0], [0, 0, 0], [2, 0, 0]])
+    guides.set(torch.tensor([[1.0, 0], [0, 1], [0.6, 0.8]]), torch.tensor([4, 7, 9]), coefficients)
+    assert guides.atom_indices.tolist() == [4]
+    assert guides.vectors.tolist() == [[1, 0], [0, 0], [0, 0], [2, 0]]
+
+
+@pytest.mark.parametrize("grid", [(2, 3), (1, 1)])
+def test_to_pixels_is_aligned(grid: tuple[int, int]) -> None:
+    """A patch's value sits at the patch's centre; padding is cut off."""
+    patch_map = torch.arange(grid[0] * grid[1], dtype=torch.float32).view(1, *grid)
+    pixels = to_pixels(patch_map, 5, (grid[0] * 5 - 2, grid[1] * 5 - 1))
+    assert pixels.shape == (1, grid[0] * 5 - 2, grid[1] * 5 - 1)
+    torch.testing.assert_close(pixels[0, 2::5, 2::5], patch_map[0])
+
+
+@pytest.mark.parametrize("arguments", [{"ema_warmup": True}, {"ema_decay": 0.0}])
+def test_learning_finds_the_anomalous_direction(arguments: dict) -> None:
+    """Patches with the anomalous direction score high, the others low; a dead atom is never used."""
+    guides, patches = learn(**arguments)
+    probability = guides.local_probability(patches, 0.07)
+    assert probability[1::2, 1].min() > 0.9
+    assert probability[::2].max() < 0.2
+    assert 7 not in guides.atom_indices
+    assert (guides.coefficients >= 0).all()
+    assert guides.global_probability(patches[1].mean(dim=0), 0.07) > guides.global_probability(patches[0].mean(dim=0), 0.07)
+
+
+def test_published_average_starts_as_a_copy_of_the_first_step() -> None:
+    """With decay d, after t steps the first copy still weighs d^(t-1): on small data the guides hardly move."""
+    slow, _ = learn(epochs=5)
+    fast, _ = learn(epochs=5, ema_warmup=True)
+    assert (slow.coefficients - 0.1).abs().mean() < 0.3 * (fast.coefficients - 0.1).abs().mean()
+
+
+def test_average_follows_its_formula() -> None:
+    """One epoch of two steps: ema = d * first + (1 - d) * second, seen through a run with and without averaging."""
+    first, _ = learn(epochs=1, batch_size=16, ema_decay=0.0)
+    last, _ = learn(epochs=2, batch_size=16, ema_decay=0.0)
+    averaged, _ = learn(epochs=2, batch_size=16, ema_decay=0.25)
+    torch.testing.assert_close(averaged.coefficients, 0.25 * first.coefficients + 0.75 * last.coefficients)
+
+
+def test_top_k_keeps_exactly_k() -> None:
+    """The truncated guides use k atoms each and still learn."""
+    guides, patches = learn(top_k=2, ema_decay=0.0)
+    assert (guides.coefficients > 0).sum(dim=1).max() <= 2
+    assert guides.local_probability(patches, 0.07)[1::2, 1].min() > 0.9
+
+
+def test_impossible_requests() -> None:
+    """top_k above the living atoms, and no living atom at all."""
+    with pytest.raises(ValueError, match="guide_top_k=8.*7 atoms"):
+        learn(top_k=8)
+    with pytest.raises(ValueError, match="sae_epochs"):
+        train_guides(Guides(2), torch.eye(2), torch.zeros(2, dtype=torch.bool), [], [], [], [], (1, 1), 1)
+
+
+def test_file_round_trip(tmp_path: Path) -> None:
+    """Tensors and metadata come back as they were."""
+    guides, _ = learn(epochs=1)
+    path = save_guides(tmp_path / "new" / "guides.safetensors", [guides], {"layers": [3], "temperature": 0.07})
+    tensors, metadata = read_guides(path)
+    assert metadata == {"layers": [3], "temperature": 0.07}
+    for name, tensor in guides.named_buffers():
+        assert torch.equal(tensors[f"0.{name}"], tensor)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_full_disk_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
+    """A write that fails half-way keeps what was there and names the path."""
+    path = tmp_path / "guides.safetensors"
+    path.write_bytes(b"old")
+
+    def fail(self: Path, data: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(data[:10])
+        raise OSError(28, "No space left on device")
+
+    with patch.object(Path, "write_bytes", fail), pytest.raises(OSError, match=r"guides\.safetensors.*No space left"):
+        save_guides(path, [Guides(2)], {})
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_foreign_files_are_refused(tmp_path: Path) -> None:
+    """Missing, unreadable, not guides, and a newer format: each message names the file."""
+    with pytest.raises(ValueError, match=r"none\.safetensors"):
+        read_guides(tmp_path / "none.safetensors")
+    (tmp_path / "text.safetensors").write_text("hello")
+    with pytest.raises(ValueError, match=r"Cannot read.*text\.safetensors"):
+        read_guides(tmp_path / "text.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match="holds no SPG guides"):
+        read_guides(tmp_path / "weights.safetensors")
+    header = {"format": "anomalib_spg.guides", "version": "9", "layers": json.dumps([1])}
+    save_file({"a": torch.zeros(1)}, tmp_path / "new.safetensors", metadata=header)
+    with pytest.raises(ValueError, match="format 9"):
+        read_guides(tmp_path / "new.safetensors")
