@@ -102,6 +102,13 @@ def _uniform(low: float, high: float) -> float:
     return low + (high - low) * torch.rand(()).item()
 
 
+def _perlin(height: int, width: int, coarsest: int, finest: int) -> torch.Tensor:
+    """anomalib's Perlin noise ``(H, W)`` with 2^coarsest to 2^finest cells a side, as far as the pixels allow."""
+    finest = min(finest, int(math.log2(min(height, width))))
+    scale = (2 ** torch.randint(min(coarsest, finest), finest + 1, (2,))).tolist()
+    return generate_perlin_noise(height, width, scale=(scale[0], scale[1]), device=torch.device("cpu"))
+
+
 def _choose(options: tuple[str, ...]) -> str:
     return options[torch.randint(len(options), ())]
 
@@ -115,10 +122,9 @@ def _shape(kind: str, height: int, width: int, size: tuple[float, float]) -> tor
     y, x = torch.meshgrid(torch.arange(height) - cy, torch.arange(width) - cx, indexing="ij")
     along, across = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
     if kind == "perlin":
-        scale = tuple(2 ** torch.randint(1, 6, (2,)).tolist()[i] for i in range(2))
-        noise = generate_perlin_noise(height, width, scale=scale, device=torch.device("cpu"))
+        noise = _perlin(height, width, 1, 5)
         near = (along**2 + across**2).sqrt() < 2 * extent
-        mask = (noise > noise[near].quantile(_uniform(0.5, 0.85)) if near.sum() < 2**24 else noise > 0.5) & near
+        mask = (noise > _uniform(0, 0.4)) & near
     elif kind == "scratch":
         length, thickness = max(2 * extent, 8.0), _uniform(0.6, 2.5) * max(min(height, width) / 448, 0.5)
         bend = _uniform(-1, 1) / length
@@ -172,8 +178,7 @@ def _pattern(image: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torc
     height, width = image.shape[-2:]
     choice = torch.randint(3, ()).item()
     if choice == 0:
-        scale = tuple(2 ** torch.randint(2, 8, (2,)).tolist()[i] for i in range(2))
-        wave = generate_perlin_noise(height, width, scale=scale, device=torch.device("cpu"))
+        wave = _perlin(height, width, 2, 7)
     else:
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         period, angle = math.exp(_uniform(math.log(4), math.log(48))), _uniform(0, math.pi)
