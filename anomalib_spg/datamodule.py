@@ -77,10 +77,13 @@ class AuxiliaryTarget(AnomalibDataModule):
             "val_split_mode": ValSplitMode.SAME_AS_TEST,
         }
         if "category" not in signature(_datamodule_class(auxiliary)).parameters:
+            self.auxiliary_categories = None
             self.auxiliaries = [_build(auxiliary, arguments)]
         else:
-            categories = _all_categories(auxiliary) if categories == ["all"] else categories
-            self.auxiliaries = [_build(auxiliary, {**arguments, "category": category}) for category in categories]
+            self.auxiliary_categories = _all_categories(auxiliary) if categories == ["all"] else list(categories)
+            self.auxiliaries = [
+                _build(auxiliary, {**arguments, "category": category}) for category in self.auxiliary_categories
+            ]
 
     @property
     def name(self) -> str:

@@ -2,10 +2,13 @@
 
 """Metrics printed by default."""
 
-from anomalib.metrics import AUPRO, AUROC, Evaluator, F1Score, create_anomalib_metric
+from anomalib.metrics import AUPRO, AUROC, AnomalibMetric, Evaluator, F1Score
 from torchmetrics.classification import BinaryAveragePrecision
 
-AveragePrecision = create_anomalib_metric(BinaryAveragePrecision)
+
+
+class AveragePrecision(AnomalibMetric, BinaryAveragePrecision):
+    """Average precision of torchmetrics as an anomalib metric; anomalib's AUPR is the trapezoidal area instead."""
 
 
 def default_evaluator() -> Evaluator:

@@ -204,6 +204,20 @@ class SPG(MemoryBankMixin, AnomalibModule):
         """Return no optimiser: both stages train on stored tokens, after the pass over the images."""
         return
 
+    def setup(self, stage: str) -> None:
+        """Refuse an empty training set, which the dataloader would do less clearly.
+
+        Args:
+            stage (str): Stage of the trainer.
+
+        Raises:
+            ValueError: If there are no training images.
+        """
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and len(getattr(datamodule, "train_data", [None])) == 0:
+            msg = f"The training set of {datamodule.name} is empty. Check the datamodule's root, category and folders."
+            raise ValueError(msg)
+
     def on_train_start(self) -> None:
         """Say what will be learned from, and refuse what does not fit the memory limit before it takes time."""
         if self.guides is not None:
@@ -266,10 +280,14 @@ class SPG(MemoryBankMixin, AnomalibModule):
 
         self.model.fit(log)
         datamodule = getattr(self.trainer, "datamodule", None)
+        dataset = self.trainer.train_dataloader.dataset
         path = self.model.save_guides(
             Path(self.trainer.default_root_dir) / "weights" / "guides.safetensors",
             dataset=getattr(datamodule, "name", None),
             category=getattr(datamodule, "category", None),
+            categories=getattr(datamodule, "auxiliary_categories", None),
+            images=len(dataset),
+            labels="labelled" if self._is_labelled(dataset) else "synthetic",
         )
         logger.info("Seconds spent: %s.", ", ".join(f"{name} {s:.0f}" for name, s in self.model.seconds.items()))
         logger.info("Guides saved to %s. SPG(guides=...) uses them on other data without training.", path)

@@ -80,8 +80,8 @@ class AnomalySynthesizer:
         for index, image in enumerate(images):
             mask = torch.zeros(image.shape[-2:], dtype=torch.bool, device=image.device)
             if torch.rand(()) < self.probability:
-                others = torch.randint(len(images), ()).item()
-                foreign = images[others] if others != index else image.flip(-1).transpose(-1, -2)
+                other = torch.randint(len(images), ()).item()
+                foreign = images[other] if other != index else image.flip(-1)
                 for _ in range(torch.randint(1, self.max_anomalies + 1, ())):
                     image, new = self._draw(image, foreign)  # noqa: PLW2901
                     mask |= new

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Labelled auxiliary data in, target data out, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from anomalib_spg import AuxiliaryTarget
+from tests.conftest import make_mvtec, make_visa
+
+
+def build(mvtec: Path, visa: Path, **arguments) -> AuxiliaryTarget:
+    """MVTec-layout data as auxiliary, VisA-layout data as target."""
+    defaults = {
+        "auxiliary": "MVTecAD",
+        "auxiliary_args": {"root": mvtec},
+        "auxiliary_categories": ["brick", "grass"],
+        "target": "Visa",
+        "target_args": {"root": visa, "category": "gravel"},
+        "num_workers": 0,
+    }
+    return AuxiliaryTarget(**{**defaults, **arguments})
+
+
+def test_training_set_is_the_labelled_test_split_of_all_categories(mvtec: Path, visa: Path) -> None:
+    """Every test image of both categories with its mask; validation and test are the target's own."""
+    datamodule = build(mvtec, visa)
+    datamodule.prepare_data()
+    datamodule.setup()
+    samples = datamodule.train_data.samples
+    assert len(samples) == 16
+    assert samples.label_index.sum() == 8
+    assert all("/test/" in path for path in samples.image_path)
+    assert {Path(path).parts[-4] for path in samples.image_path} == {"brick", "grass"}
+    for subset in (datamodule.val_data, datamodule.test_data):
+        assert len(subset) == 8
+        assert all("gravel/test" in path for path in subset.samples.image_path)
+    assert (datamodule.name, datamodule.category) == ("MVTecAD_to_Visa", "gravel")
+    batch = next(iter(datamodule.train_dataloader()))
+    assert batch.gt_mask.shape[-2:] == batch.image.shape[-2:]
+    assert batch.gt_mask[batch.gt_label == 1].flatten(1).any(dim=1).all()
+
+
+@pytest.mark.parametrize(("categories", "count"), [("brick", 8), (["grass"], 8)])
+def test_one_category(mvtec: Path, visa: Path, categories: str | list[str], count: int) -> None:
+    """As a name or as a list."""
+    datamodule = build(mvtec, visa, auxiliary_categories=categories)
+    datamodule.setup()
+    assert len(datamodule.train_data) == count
+
+
+def test_all_categories_are_those_anomalib_lists(mvtec: Path, visa: Path) -> None:
+    """The fifteen of MVTec AD, the twelve of VisA."""
+    assert len(build(mvtec, visa, auxiliary_categories="all").auxiliaries) == 15
+    other = build(mvtec, visa, auxiliary="Visa", auxiliary_args={"root": visa}, auxiliary_categories="all")
+    assert len(other.auxiliaries) == 12
+
+
+def test_datasets_without_categories(mvtec: Path, visa: Path) -> None:
+    """A user's own labelled folder is auxiliary data too."""
+    folder = {
+        "name": "own",
+        "root": mvtec / "brick",
+        "normal_dir": "train/good",
+        "normal_test_dir": "test/good",
+        "abnormal_dir": "test/hole",
+        "mask_dir": "ground_truth/hole",
+    }
+    datamodule = build(mvtec, visa, auxiliary="Folder", auxiliary_args=folder, auxiliary_categories="all")
+    datamodule.setup()
+    assert len(datamodule.train_data) == 8
+    assert datamodule.train_data.has_anomalous
+
+
+def test_anomalous_images_without_masks(tmp_path: Path, visa: Path) -> None:
+    """The first one is named."""
+    folder = {
+        "name": "own",
+        "root": make_mvtec(tmp_path) / "brick",
+        "normal_dir": "train/good",
+        "normal_test_dir": "test/good",
+        "abnormal_dir": "test/hole",
+    }
+    with pytest.raises(ValueError, match=r"4 of 4 anomalous auxiliary images have no mask.*hole/000\.png"):
+        build(tmp_path, visa, auxiliary="Folder", auxiliary_args=folder).setup()
+
+
+def test_mask_of_another_size(tmp_path: Path, visa: Path) -> None:
+    """Both files and both sizes are named."""
+    root = make_mvtec(tmp_path)
+    mask = root / "brick/ground_truth/hole/002_mask.png"
+    Image.open(mask).resize((48, 96)).save(mask)
+    with pytest.raises(ValueError, match=r"002_mask\.png' is 48x96.*002\.png' is 96x96"):
+        build(root, visa).setup()
+
+
+@pytest.mark.parametrize(("folder", "word"), [("test/good", "normal"), ("test/hole", "anomalous")])
+def test_both_kinds_are_needed(tmp_path: Path, visa: Path, folder: str, word: str) -> None:
+    """No normal, or no anomalous auxiliary image."""
+    root = make_mvtec(tmp_path, categories=("brick",))
+    for path in (root / "brick" / folder).iterdir():
+        path.unlink()
+    if word == "anomalous":
+        for path in (root / "brick/ground_truth/hole").iterdir():
+            path.unlink()
+    with pytest.raises(ValueError, match=f"no {word} image"):
+        build(root, visa, auxiliary_categories="brick").setup()
+
+
+def test_unknown_names(mvtec: Path, visa: Path) -> None:
+    """The datamodules there are, and the arguments that do not fit."""
+    with pytest.raises(ValueError, match=r"no image datamodule 'MVTek'.*MVTecAD"):
+        build(mvtec, visa, auxiliary="MVTek")
+    with pytest.raises(ValueError, match=r"MVTecAD cannot be built.*rot"):
+        build(mvtec, visa, auxiliary_args={"rot": mvtec})
+
+
+def test_visa_as_auxiliary(tmp_path: Path, mvtec: Path) -> None:
+    """The other direction."""
+    datamodule = AuxiliaryTarget(
+        auxiliary="Visa",
+        auxiliary_args={"root": make_visa(tmp_path)},
+        auxiliary_categories="gravel",
+        target="MVTecAD",
+        target_args={"root": mvtec, "category": "brick"},
+        num_workers=0,
+    )
+    datamodule.setup()
+    assert len(datamodule.train_data) == 8
+    assert len(datamodule.test_data) == 8

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""SPG in anomalib's engine, through the API, on small images and a tiny backbone with random weights."""
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from anomalib.data import Folder, MVTecAD
+from anomalib.engine import Engine
+from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from anomalib_spg import SPG, AuxiliaryTarget
+from anomalib_spg.guides import read_guides
+from tests.conftest import make_mvtec
+
+TINY = "vit_tiny_patch16_224"
+
+
+def build(**arguments: Any) -> SPG:
+    """A small model with random weights."""
+    defaults = {
+        "backbone": TINY,
+        "layers": [3],
+        "pre_trained": False,
+        "image_size": 64,
+        "views": 2,
+        "num_atoms": 64,
+        "k": 8,
+        "sae_epochs": 2,
+        "guide_epochs": 3,
+        "ema_warmup": True,
+        "visualizer": False,
+    }
+    torch.manual_seed(0)
+    return SPG(**{**defaults, **arguments})
+
+
+def data(mvtec: Path, **arguments: Any) -> MVTecAD:
+    """One category of the small dataset."""
+    defaults = {"root": mvtec, "category": "brick", "num_workers": 0, "train_batch_size": 4, "eval_batch_size": 3}
+    return MVTecAD(**{**defaults, **arguments})
+
+
+def engine(folder: Path, **arguments: Any) -> Engine:
+    """An engine on the CPU that writes below a folder."""
+    return Engine(default_root_dir=folder, accelerator="cpu", enable_progress_bar=False, **arguments)
+
+
+@pytest.fixture(scope="module")
+def trained(mvtec: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[SPG, Engine, list[dict[str, float]]]:
+    """A model trained on normal images, its engine, and the printed metrics."""
+    folder = tmp_path_factory.mktemp("trained")
+    model, run = build(), engine(folder, logger=CSVLogger(folder))
+    torch.manual_seed(0)
+    return model, run, run.train(model=model, datamodule=data(mvtec))
+
+
+def test_training_on_normal_images(trained: tuple) -> None:
+    """Guides are learned from drawn anomalies; the file says what from; losses reach the logger."""
+    model, run, metrics = trained
+    assert model.model.is_fitted
+    _, metadata = read_guides(Path(run.trainer.default_root_dir) / "weights" / "guides.safetensors")
+    assert metadata["trained_on"]["dataset"] == "MVTecAD"
+    assert metadata["trained_on"]["images"] == 4
+    assert metadata["trained_on"]["labels"] == "synthetic"
+    assert (metadata["backbone"], metadata["layers"], metadata["image_size"]) == (TINY, [3], [64, 64])
+    logged = (Path(run.trainer.logger.log_dir) / "metrics.csv")
+    run.trainer.logger.save()
+    assert {"block3/sae_loss", "block3/segmentation_loss"} <= set(logged.read_text().splitlines()[0].split(","))
+    expected = {"image_AUROC", "image_AveragePrecision", "image_F1Score", "pixel_AUROC", "pixel_AUPRO", "pixel_F1Score"}
+    assert set(metrics[0]) == expected
+
+
+def test_printed_metrics_are_those_of_the_raw_scores(trained: tuple, mvtec: Path) -> None:
+    """scikit-learn on what the torch model returns, against what the engine printed."""
+    model, _, metrics = trained
+    datamodule = data(mvtec)
+    datamodule.setup()
+    scores, maps, labels, masks = [], [], [], []
+    for batch in (ImageBatchOf(datamodule.test_data, index) for index in range(len(datamodule.test_data))):
+        image, mask = model.pre_processor.transform(batch.image, batch.gt_mask)
+        with torch.inference_mode():
+            result = model.model.eval()(image)
+        scores.append(result.pred_score)
+        maps.append(result.anomaly_map.flatten())
+        labels.append(batch.gt_label)
+        masks.append(mask.flatten() > 0)
+    scores, labels = torch.cat(scores), torch.cat(labels)
+    assert metrics[0]["image_AUROC"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-5)
+    assert metrics[0]["image_AveragePrecision"] == pytest.approx(average_precision_score(labels, scores), abs=1e-5)
+    assert metrics[0]["pixel_AUROC"] == pytest.approx(roc_auc_score(torch.cat(masks), torch.cat(maps)), abs=1e-4)
+
+
+def ImageBatchOf(dataset: Any, index: int) -> Any:  # noqa: N802
+    """One item as a batch."""
+    return dataset.collate_fn([dataset[index]])
+
+
+def test_checkpoint_stands_alone(trained: tuple, mvtec: Path, tmp_path: Path) -> None:
+    """It loads with weights_only, without hub, weights file or guides file, and gives the same maps."""
+    model, run, _ = trained
+    checkpoint = torch.load(run.best_model_path, weights_only=True)
+    assert checkpoint["hyper_parameters"]["pre_trained"] is False
+    with patch("anomalib_spg.backbone.Backbone.load_weights") as load:
+        restored = SPG.load_from_checkpoint(run.best_model_path)
+        assert all(call.args == () for call in load.call_args_list)
+    images = torch.rand(2, 3, 90, 70)
+    torch.testing.assert_close(restored.eval()(images), model.cpu().eval()(images))
+    other = build(pre_trained=True)  # would ask the hub if its weights were ever needed
+    results = engine(tmp_path).test(other, datamodule=data(mvtec), ckpt_path=run.best_model_path)
+    assert results[0]["image_AUROC"] == pytest.approx(trained[2][0]["image_AUROC"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layers": [4]}, r"layers=\[3\], this model has layers=\[4\]"),
+        ({"image_size": 96}, r"image_size=\[64, 64\], this model has image_size=\[96, 96\]"),
+    ],
+)
+def test_checkpoint_of_another_model(trained: tuple, mvtec: Path, tmp_path: Path, arguments: dict, message: str) -> None:
+    """The message says what differs and what to do."""
+    with pytest.raises(ValueError, match=message):
+        engine(tmp_path).test(build(**arguments), datamodule=data(mvtec), ckpt_path=trained[1].best_model_path)
+
+
+def test_guides_file_is_used_without_training(trained: tuple, mvtec: Path, tmp_path: Path) -> None:
+    """SPG(guides=...) decides backbone, layer and size by itself, trains nothing, runs on another category."""
+    path = Path(trained[1].trainer.default_root_dir) / "weights" / "guides.safetensors"
+    model = SPG(guides=path, pre_trained=False, visualizer=False)
+    assert (model.model.backbone.name, model.model.backbone.layers, tuple(model.input_size)) == (TINY, [3], (64, 64))
+    model.model.backbone.load_state_dict(trained[0].model.backbone.state_dict())
+    before = model.model.guides[0].vectors.clone()
+    results = engine(tmp_path).train(model=model, datamodule=data(mvtec, category="grass"))
+    assert torch.equal(model.model.guides[0].vectors.cpu(), before)
+    assert "image_AUROC" in results[0]
+    assert not model.post_processor.image_threshold.isnan(), "validation must still calibrate the threshold"
+
+
+def test_same_seed_same_result(mvtec: Path, tmp_path: Path) -> None:
+    """Twice the same seed, bit for bit; another seed, other guides."""
+
+    def learn(seed: int) -> torch.Tensor:
+        model = build()
+        torch.manual_seed(seed)
+        engine(tmp_path).fit(model=model, datamodule=data(mvtec))
+        return model.model.guides[0].vectors
+
+    assert torch.equal(learn(3), learn(3))
+    assert not torch.equal(learn(3), learn(4))
+
+
+def test_labelled_auxiliary_data(mvtec: Path, visa: Path, tmp_path: Path) -> None:
+    """With labels nothing is drawn: each image passes once, with its own mask and label."""
+    model = build(views=5)
+    datamodule = AuxiliaryTarget(
+        auxiliary="MVTecAD",
+        auxiliary_args={"root": mvtec},
+        auxiliary_categories=["brick", "grass"],
+        target="Visa",
+        target_args={"root": visa, "category": "gravel"},
+        num_workers=0,
+        train_batch_size=5,
+    )
+    passed = []
+    with patch.object(model, "synthesizer", side_effect=AssertionError("drew on labelled data")):
+        hook = model.model.backbone.register_forward_pre_hook(lambda _, inputs: passed.append(len(inputs[0])))
+        run = engine(tmp_path)
+        run.fit(model=model, datamodule=datamodule)
+        hook.remove()
+    assert passed[:4] == [5, 5, 5, 1]
+    _, metadata = read_guides(Path(run.trainer.default_root_dir) / "weights" / "guides.safetensors")
+    assert metadata["trained_on"]["labels"] == "labelled"
+    assert metadata["trained_on"]["categories"] == ["brick", "grass"]
+    assert "image_AUROC" in run.test(model=model, datamodule=datamodule)[0]
+
+
+def test_memory_limit_is_checked_before_the_first_pass(mvtec: Path, tmp_path: Path) -> None:
+    """The need of all views is known beforehand."""
+    model = build(memory_limit=1e-5)
+    with pytest.raises(MemoryError, match="tokens of 8 images of 64x64 need"):
+        engine(tmp_path).fit(model=model, datamodule=data(mvtec))
+    assert not model.model._masks
+
+
+def test_unreadable_image_is_named(tmp_path: Path) -> None:
+    """A truncated file, whose name PIL does not say."""
+    root = make_mvtec(tmp_path / "data")
+    broken = root / "brick/train/good/002.png"
+    broken.write_bytes(broken.read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"Cannot read 1 of 12 images: .*train/good/002\.png"):
+        engine(tmp_path).fit(model=build(), datamodule=data(root))
+
+
+def test_empty_training_set(tmp_path: Path, mvtec: Path) -> None:
+    """No images at all."""
+    datamodule = data(mvtec)
+    datamodule.setup("fit")
+    datamodule.train_data.samples = datamodule.train_data.samples.iloc[:0]
+    datamodule._is_setup = True
+    with pytest.raises(ValueError, match="training set of MVTecAD is empty"):
+        engine(tmp_path).fit(model=build(), datamodule=datamodule)
+
+
+def test_grey_files_and_predict_on_a_folder(trained: tuple, tmp_path: Path) -> None:
+    """Grey PNGs of other sizes are predicted on; labels come from the calibrated threshold."""
+    for index, size in enumerate([(50, 70), (64, 64)]):
+        Image.new("L", size, 100 + index).save(tmp_path / f"{index}.png")
+    predictions = engine(tmp_path / "out").predict(trained[0], data_path=tmp_path)
+    assert len(predictions) == 2
+    for prediction in predictions:
+        assert prediction.anomaly_map.shape[-2:] == (64, 64)
+        assert 0 <= prediction.pred_score <= 1
+        assert prediction.pred_label.dtype == torch.bool
+
+
+def test_normal_images_only(mvtec: Path, tmp_path: Path) -> None:
+    """A folder of good parts and nothing else: trains, calibrates on drawn defects, predicts."""
+    datamodule = Folder(
+        name="good",
+        root=mvtec / "brick",
+        normal_dir="train/good",
+        test_split_mode="synthetic",
+        test_split_ratio=0.5,
+        val_split_mode="same_as_test",
+        num_workers=0,
+    )
+    results = engine(tmp_path).train(model=build(), datamodule=datamodule)
+    assert "image_AUROC" in results[0]
+
+
+def test_rectangular_image_size(mvtec: Path, tmp_path: Path) -> None:
+    """Height and width differ, neither is a multiple of the patch."""
+    model = build(image_size=(72, 100))
+    engine(tmp_path).train(model=model, datamodule=data(mvtec))
+    assert model.eval()(torch.rand(1, 3, 33, 55)).anomaly_map.shape[-2:] == (72, 100)
