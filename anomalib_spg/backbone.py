@@ -88,7 +88,7 @@ class Backbone(nn.Module):
         self.weights = weights
         # CLIP's tokens live in the joint space of its visual projection, which timm calls the head. Everywhere else,
         # and in CLIP towers fine-tuned for classification, the head is a classifier that has no business here.
-        self.project = "_clip_" in name.split(".")[0] and "_ft_" not in name
+        self.project = "_clip_" in name.split(".", maxsplit=1)[0] and "_ft_" not in name
         self.vit_arguments: dict[str, Any] = {"dynamic_img_size": True}
         if not self.project:
             self.vit_arguments["num_classes"] = 0
@@ -133,7 +133,7 @@ class Backbone(nn.Module):
             except Exception as exception:
                 msg = (
                     f"Could not get the weights of '{self.name}' from timm's hub ({type(exception).__name__}: "
-                    f"{exception}). Without internet, copy its model.safetensors to this machine and pass weights=<path> "
+                    f"{exception}). Without internet, copy its model.safetensors here and pass weights=<path> "
                     "(--model.weights on the command line)."
                 )
                 raise RuntimeError(msg) from exception
@@ -231,7 +231,9 @@ def pretrained_config(name: str) -> dict[str, Any]:
         raise ValueError(msg)
     config = timm.get_pretrained_cfg(name)
     if config is None:
-        msg = f"timm knows '{name}' but no weights under that tag. See timm.list_pretrained('{name.split('.')[0]}*')."
+        msg = (
+            f"timm knows '{name}' but no weights under that tag. See timm.list_pretrained('{name.partition('.')[0]}*')."
+        )
         raise ValueError(msg)
     return config.to_dict()
 

@@ -6,7 +6,6 @@ from anomalib.metrics import AUPRO, AUROC, AnomalibMetric, Evaluator, F1Score
 from torchmetrics.classification import BinaryAveragePrecision
 
 
-
 class AveragePrecision(AnomalibMetric, BinaryAveragePrecision):
     """Average precision of torchmetrics as an anomalib metric; anomalib's AUPR is the trapezoidal area instead."""
 

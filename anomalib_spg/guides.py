@@ -30,8 +30,8 @@ FILE_VERSION = "1"
 class Guides(DynamicBufferMixin):
     """Four guide vectors, each a sparse non-negative combination of dictionary atoms.
 
-    Rows are, in this order, ``global_normal``, ``global_anomaly`` (compared with the pooled token), ``local_normal`` and
-    ``local_anomaly`` (compared with the patch tokens).
+    Rows are, in this order, ``global_normal``, ``global_anomaly`` (compared with the pooled token), ``local_normal``
+    and ``local_anomaly`` (compared with the patch tokens).
 
     Args:
         dim (int): Token dimension ``D``.
@@ -205,7 +205,7 @@ def train_guides(
         msg = "No atom of the dictionary fires on the training images; train the autoencoder longer (sae_epochs)."
         raise ValueError(msg)
     if top_k is not None and not 1 <= top_k <= len(atom_indices):
-        msg = f"guide_top_k={top_k} must lie between 1 and the {len(atom_indices)} atoms that fire on the training images."
+        msg = f"guide_top_k={top_k} must lie between 1 and the {len(atom_indices)} atoms that fire on the images."
         raise ValueError(msg)
     atoms = dictionary.detach()[atom_indices]
     coefficients = _Coefficients(len(atoms), top_k).to(device)
@@ -249,7 +249,9 @@ def train_guides(
 
     with torch.no_grad():
         guides.set(atoms, atom_indices, averaged.module())
-    counts = ", ".join(f"{name} {int(n)}" for name, n in zip(GUIDE_NAMES, (guides.coefficients > 0).sum(1), strict=True))
+    counts = ", ".join(
+        f"{name} {int(n)}" for name, n in zip(GUIDE_NAMES, (guides.coefficients > 0).sum(1), strict=True)
+    )
     logger.info("%s: atoms in use of %d alive: %s.", description, len(atom_indices), counts)
 
 
@@ -280,7 +282,7 @@ def save_guides(path: str | Path, guides: Sequence[Guides], metadata: dict[str, 
         temporary.write_bytes(save(tensors, metadata=header))
         temporary.replace(path)
     except OSError as exception:
-        msg = f"Could not save the guides to '{path}': {exception.strerror or exception}. Free space or choose another path."
+        msg = f"Could not save the guides to '{path}': {exception.strerror or exception}. Make room."
         raise OSError(msg) from exception
     finally:
         temporary.unlink(missing_ok=True)
@@ -304,7 +306,9 @@ def read_guides(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, An
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
     except (OSError, SafetensorError) as exception:
-        msg = f"Cannot read the guides file '{path}': {exception}. It is the .safetensors file that training SPG leaves."
+        msg = (
+            f"Cannot read the guides file '{path}': {exception}. It is the .safetensors file that training SPG leaves."
+        )
         raise ValueError(msg) from exception
     if header.pop("format", None) != FILE_FORMAT:
         msg = f"'{path}' is a safetensors file but holds no SPG guides. Pass model weights as weights=, not guides=."

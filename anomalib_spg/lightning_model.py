@@ -357,4 +357,3 @@ class SPG(MemoryBankMixin, AnomalibModule):
                 ``ZERO_SHOT`` model: it could not learn its guides, nor run in ``anomalib benchmark``.
         """
         return LearningType.ONE_CLASS
-

@@ -3,7 +3,7 @@
 """Makes installed plugin models known to anomalib, without a change to anomalib or to the user's commands.
 
 anomalib itself has no discovery of third-party models. torch, however, calls every entry point of the group
-``torch.backends`` at the end of ``import torch`` (its autoload mechanism, off with ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``).
+``torch.backends`` at the end of ``import torch`` (its autoload, off with ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``).
 :func:`autoload` is declared there and does nothing but ask to be called back once ``anomalib.models`` is imported;
 :func:`register_models` then loads every entry point of the group ``anomalib.models``, of any distribution.
 
@@ -75,7 +75,7 @@ def register_models(models: ModuleType | None = None) -> None:
 
 def _is_complete(models: ModuleType) -> bool:
     """Whether ``anomalib.models`` has run to its end, where ``get_model`` stands."""
-    return "get_model" in ModuleType.__getattribute__(models, "__dict__")
+    return "get_model" in ModuleType.__getattribute__(models, "__dict__")  # noqa: PLC2801  # past _Awaiting's own
 
 
 class _Awaiting(ModuleType):

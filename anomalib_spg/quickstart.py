@@ -120,7 +120,7 @@ def main() -> None:
     """Command line: ``python -m anomalib_spg.quickstart [folder]``."""
     parser = argparse.ArgumentParser(description="Write real weights and images for a first try.")
     parser.add_argument("folder", nargs="?", default="quickstart", help="folder to write to (default: quickstart)")
-    print(f"Weights and images are in {prepare(parser.parse_args().folder)}/.")  # noqa: T201
+    print(f"Weights and images are in {prepare(parser.parse_args().folder)}/.")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ the seed decides them. Images may be on any scale (normalised or not): contents 
 import math
 
 import torch
-from torch.nn import functional as F  # noqa: N812
-
 from anomalib.data.utils.generators.perlin import generate_perlin_noise
+from kornia.filters import motion_blur
+from torch.nn import functional as F  # noqa: N812
+from torchvision.transforms.v2.functional import gaussian_blur
 
 SHAPES = ("blob", "ellipse", "scratch", "speckle", "perlin")
 CONTENTS = ("foreign", "paste", "smear", "grain", "tone", "contrast")
@@ -32,6 +33,8 @@ class AnomalySynthesizer:
             and turned, or a procedural pattern), ``"paste"`` (a turned piece of the same image), ``"smear"`` (blur
             along a direction), ``"grain"`` (noise, or shuffled pixels), ``"tone"`` (one colour), ``"contrast"`` (the
             place itself with other brightness and contrast). Defaults to all.
+        shapes (tuple[str, ...]): Kinds of shape to choose from: ``"blob"``, ``"ellipse"``, ``"scratch"``,
+            ``"speckle"`` (dots), ``"perlin"`` (many patches). Defaults to all.
 
     Raises:
         ValueError: If a kind of content is unknown or a range is empty.
@@ -52,10 +55,10 @@ class AnomalySynthesizer:
         contents: tuple[str, ...] = CONTENTS,
         shapes: tuple[str, ...] = SHAPES,
     ) -> None:
-        unknown = set(contents) - set(CONTENTS)
-        if unknown or not contents:
-            msg = f"Unknown anomaly contents {sorted(unknown)}; choose from {CONTENTS}."
-            raise ValueError(msg)
+        for kinds, known in ((contents, CONTENTS), (shapes, SHAPES)):
+            if not kinds or not set(kinds) <= set(known):
+                msg = f"Unknown or no kinds of anomaly in {kinds}; choose from {known}."
+                raise ValueError(msg)
         if not 0 <= probability <= 1 or not 0 < size[0] <= size[1] <= 1 or not 0 < strength[0] <= strength[1] <= 1:
             msg = f"Need probability in [0, 1] and rising ranges in (0, 1]; got {probability}, {size}, {strength}."
             raise ValueError(msg)
@@ -70,7 +73,8 @@ class AnomalySynthesizer:
         """Draw on a batch.
 
         Args:
-            images (torch.Tensor): Normal images ``(B, C, H, W)`` on any scale. They serve each other as foreign texture.
+            images (torch.Tensor): Normal images ``(B, C, H, W)`` on any scale, at least 16 pixels a side. They serve
+                each other as foreign texture.
 
         Returns:
             tuple[torch.Tensor, torch.Tensor]: Images with anomalies ``(B, C, H, W)`` and boolean masks ``(B, H, W)``.
@@ -94,7 +98,7 @@ class AnomalySynthesizer:
         mask = _shape(_choose(self.shapes), height, width, self.size).to(image.device)
         content = _content(_choose(self.contents), image, foreign, mask)
         # A soft edge keeps the outline itself from being the giveaway.
-        alpha = _blur(mask.float()[None], _uniform(0.3, 2.0))[0] * _uniform(*self.strength)
+        alpha = gaussian_blur(mask.float()[None], [13, 13], [_uniform(0.3, 2.0)] * 2)[0] * _uniform(*self.strength)
         return torch.lerp(image, content, alpha), mask
 
 
@@ -133,7 +137,9 @@ def _shape(kind: str, height: int, width: int, size: tuple[float, float]) -> tor
     elif kind == "speckle":
         dots = torch.randn(torch.randint(3, 12, ()), 2) * extent / 2
         radius = max(extent * 0.08, 1.0)
-        mask = torch.cdist(torch.stack([y, x], dim=-1).view(-1, 2).float(), dots).amin(dim=1).view(height, width) < radius
+        mask = (
+            torch.cdist(torch.stack([y, x], dim=-1).view(-1, 2).float(), dots).amin(dim=1).view(height, width) < radius
+        )
     else:
         ratio = _uniform(0.3, 1.0)
         radius = ((along / (extent / 2)) ** 2 + (across / (extent / 2 * ratio)) ** 2).sqrt()
@@ -150,27 +156,28 @@ def _content(kind: str, image: torch.Tensor, foreign: torch.Tensor, mask: torch.
     """What fills the mask, as a whole image ``(C, H, W)``."""
     mean, std = image.mean(dim=(1, 2), keepdim=True), image.std(dim=(1, 2), keepdim=True)
     if kind == "foreign":
-        if torch.rand(()) < 0.5:
-            return _pattern(image, mean, std)
-        piece = _turn(foreign, zoom=math.exp(_uniform(-1.2, 1.2)))
-        return _retone(piece, mean, std)
-    if kind == "paste":
-        piece = _turn(image, zoom=math.exp(_uniform(-0.5, 0.5)))
-        return piece + std * _uniform(-0.5, 0.5)
-    if kind == "smear":
-        return _motion_blur(image, length=_uniform(5, 40)) + std * _uniform(-0.3, 0.3)
-    if kind == "grain":
-        if torch.rand(()) < 0.5:
-            reach = max(1, int(_uniform(2, 10)))
-            return _shuffle(image, reach)
-        noise = torch.randn(1, *image.shape[-2:], device=image.device)
-        noise = _blur(noise, _uniform(0.1, 1.5))
-        return mean + std * (_uniform(-1, 1) + _uniform(0.7, 3) * noise / noise.std())
-    if kind == "tone":
-        colour = torch.randn(len(image), 1, 1).to(image) * 0.3 + _uniform(-3, 3)
-        return mean + std * colour + 0 * image
-    local = image[:, mask].mean(dim=1).view(-1, 1, 1)
-    return local + (image - local) * math.exp(_uniform(-1.2, 1.2)) + std * _uniform(-2, 2)
+        content = _pattern(image, mean, std) if torch.rand(()) < 0.5 else _piece(foreign, mean, std)
+    elif kind == "paste":
+        content = _turn(image, zoom=math.exp(_uniform(-0.5, 0.5))) + std * _uniform(-0.5, 0.5)
+    elif kind == "smear":
+        size = 2 * int(_uniform(2, 20)) + 1
+        content = motion_blur(image[None], size, _uniform(0, 360), 0.0, border_type="replicate")[0]
+        content = content + std * _uniform(-0.3, 0.3)
+    elif kind == "grain":
+        content = _shuffle(image, int(_uniform(2, 10))) if torch.rand(()) < 0.5 else _noise(image, mean, std)
+    elif kind == "tone":
+        colour = 0.3 * torch.randn(len(image), 1, 1).to(image) + _uniform(-3, 3)
+        content = (mean + std * colour).expand_as(image)
+    else:  # contrast
+        local = image[:, mask].mean(dim=1).view(-1, 1, 1)
+        content = local + (image - local) * math.exp(_uniform(-1.2, 1.2)) + std * _uniform(-2, 2)
+    return content
+
+
+def _noise(image: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """Fine to coarse grey noise on the image's own levels."""
+    noise = gaussian_blur(torch.randn(1, *image.shape[-2:]), [7, 7], [_uniform(0.1, 1.5)] * 2).to(image)
+    return mean + std * (_uniform(-1, 1) + _uniform(0.7, 3) * noise / noise.std())
 
 
 def _pattern(image: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
@@ -189,8 +196,9 @@ def _pattern(image: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torc
     return mean + std * (_uniform(-1, 1) + _uniform(1, 3) * (wave * colour).to(image))
 
 
-def _retone(piece: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """Bring a foreign piece near the image's levels, but not onto them."""
+def _piece(foreign: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """A turned, stretched foreign image near the image's levels, but not on them; sometimes its negative."""
+    piece = _turn(foreign, zoom=math.exp(_uniform(-1.2, 1.2)))
     own_mean, own_std = piece.mean(dim=(1, 2), keepdim=True), piece.std(dim=(1, 2), keepdim=True)
     sign = 1 if torch.rand(()) < 0.8 else -1
     return mean + std * (sign * (piece - own_mean) / (own_std + 1e-6) * _uniform(0.5, 2) + _uniform(-1, 1))
@@ -205,17 +213,6 @@ def _turn(image: torch.Tensor, zoom: float) -> torch.Tensor:
     return F.grid_sample(image[None], grid, padding_mode="reflection", align_corners=False)[0]
 
 
-def _motion_blur(image: torch.Tensor, length: float) -> torch.Tensor:
-    """Average along a random direction over ``length`` pixels."""
-    angle, steps = _uniform(0, math.pi), max(3, int(length) // 2)
-    height, width = image.shape[-2:]
-    total = torch.zeros_like(image)
-    for step in torch.linspace(-length / 2, length / 2, steps).tolist():
-        dy, dx = round(step * math.sin(angle)) % height, round(step * math.cos(angle)) % width
-        total += image.roll((dy, dx), dims=(1, 2))
-    return total / steps
-
-
 def _shuffle(image: torch.Tensor, reach: int) -> torch.Tensor:
     """Swap every pixel for one at most ``reach`` pixels away."""
     height, width = image.shape[-2:]
@@ -223,12 +220,3 @@ def _shuffle(image: torch.Tensor, reach: int) -> torch.Tensor:
     rows = (torch.arange(height, device=image.device)[:, None] + dy).clamp(0, height - 1)
     columns = (torch.arange(width, device=image.device)[None] + dx).clamp(0, width - 1)
     return image[:, rows, columns]
-
-
-def _blur(image: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Gaussian blur of ``(C, H, W)``."""
-    radius = max(1, math.ceil(3 * sigma))
-    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=image.device) / sigma) ** 2)
-    kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)
-    padded = F.pad(image[:, None], (radius, radius, radius, radius), mode="replicate")
-    return F.conv2d(F.conv2d(padded, kernel), kernel.transpose(-1, -2))[:, 0]

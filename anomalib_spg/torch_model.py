@@ -15,7 +15,6 @@ import torch
 from anomalib.data import InferenceBatch
 from anomalib.models.components import GaussianBlur2d
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
 
 from .backbone import DEFAULT_BACKBONE, Backbone
 from .guides import Guides, read_guides, save_guides, to_pixels, train_guides
@@ -196,7 +195,7 @@ class SPGModel(nn.Module):
         if need > self.memory_limit:
             msg = (
                 f"The tokens of {num_images} images of {image_size[0]}x{image_size[1]} need {need:.2f} GiB of memory, "
-                f"memory_limit is {self.memory_limit} GiB. Raise it if the machine has more, or use fewer images, views "
+                f"memory_limit is {self.memory_limit} GiB. Raise it if there is more, or use fewer images, views "
                 "or layers, or a smaller image_size."
             )
             raise MemoryError(msg)
@@ -250,9 +249,12 @@ class SPGModel(nn.Module):
             return pixels.amax(dim=1)
         if self.image_score == "top":
             return pixels.topk(max(1, round(self.top_fraction * pixels.shape[1])), dim=1).values.mean(dim=1)
-        return self.temperature * (torch.logsumexp(pixels / self.temperature, dim=1) - torch.log(
-            torch.tensor(float(pixels.shape[1])),
-        ))
+        return self.temperature * (
+            torch.logsumexp(pixels / self.temperature, dim=1)
+            - torch.log(
+                torch.tensor(float(pixels.shape[1])),
+            )
+        )
 
     def _store(
         self,
@@ -263,7 +265,9 @@ class SPGModel(nn.Module):
     ) -> torch.Tensor:
         if masks is None or masks.shape[-2:] != size or len(masks) != len(images):
             found = "none" if masks is None else f"masks of shape {tuple(masks.shape)}"
-            msg = f"SPG learns from images with masks of their size: for images {tuple(images.shape)} there are {found}."
+            msg = (
+                f"SPG learns from images with masks of their size: for images {tuple(images.shape)} there are {found}."
+            )
             raise ValueError(msg)
         self.check_memory(len(self._masks) + len(images), size)
         start = time.perf_counter()
@@ -292,7 +296,9 @@ class SPGModel(nn.Module):
         anomalous = sum(map(bool, self._labels))
         if anomalous in {0, len(self._masks)}:
             missing = "anomalous (with a mask)" if anomalous == 0 else "normal"
-            msg = f"SPG learns from normal and anomalous images; none of the {len(self._masks)} stored ones is {missing}."
+            msg = (
+                f"SPG learns from normal and anomalous images; none of the {len(self._masks)} stored ones is {missing}."
+            )
             raise ValueError(msg)
         device = self.guides[0].vectors.device
         # Validation hooks, where Lightning may call this, run in inference mode; learning needs gradients.

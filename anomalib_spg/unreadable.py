@@ -12,7 +12,12 @@ class NameUnreadableImages(Callback):
     PIL's message about a truncated file does not name it. The search runs only after the failure.
     """
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(  # noqa: PLR6301  # Lightning calls it on the instance
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        exception: BaseException,
+    ) -> None:
         """Look for the culprit among the images of all datasets.
 
         Raises:

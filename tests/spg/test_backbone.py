@@ -44,9 +44,12 @@ def test_published_backbones(name: str, patch_size: int, dim: int, statistics: t
             pooled = backbone.vit.attn_pool(expected)
         else:
             pooled = expected[:, 0]
-    assert expected.shape[1] - patches.shape[1] == {"dinov3": 5, "dinov2": 1, "clip": 1, "siglip": 0}[
-        next(family for family in ("dinov3", "dinov2", "clip", "siglip") if family in name)
-    ]
+    assert (
+        expected.shape[1] - patches.shape[1]
+        == {"dinov3": 5, "dinov2": 1, "clip": 1, "siglip": 0}[
+            next(family for family in ("dinov3", "dinov2", "clip", "siglip") if family in name)
+        ]
+    )
     torch.testing.assert_close(tokens.patches[0], patches, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(tokens.pooled[0], pooled, rtol=1e-4, atol=1e-4)
     assert tokens.patches[0].shape == (1, 24, dim)

@@ -83,7 +83,9 @@ def test_learning_finds_the_anomalous_direction(arguments: dict) -> None:
     assert probability[::2].max() < 0.2
     assert 7 not in guides.atom_indices
     assert (guides.coefficients >= 0).all()
-    assert guides.global_probability(patches[1].mean(dim=0), 0.07) > guides.global_probability(patches[0].mean(dim=0), 0.07)
+    assert guides.global_probability(patches[1].mean(dim=0), 0.07) > guides.global_probability(
+        patches[0].mean(dim=0), 0.07
+    )
 
 
 def test_published_average_starts_as_a_copy_of_the_first_step() -> None:

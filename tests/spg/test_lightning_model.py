@@ -69,7 +69,7 @@ def test_training_on_normal_images(trained: tuple) -> None:
     assert metadata["trained_on"]["images"] == 4
     assert metadata["trained_on"]["labels"] == "synthetic"
     assert (metadata["backbone"], metadata["layers"], metadata["image_size"]) == (TINY, [3], [64, 64])
-    logged = (Path(run.trainer.logger.log_dir) / "metrics.csv")
+    logged = Path(run.trainer.logger.log_dir) / "metrics.csv"
     run.trainer.logger.save()
     assert {"block3/sae_loss", "block3/segmentation_loss"} <= set(logged.read_text().splitlines()[0].split(","))
     expected = {"image_AUROC", "image_AveragePrecision", "image_F1Score", "pixel_AUROC", "pixel_AUPRO", "pixel_F1Score"}
@@ -123,7 +123,9 @@ def test_checkpoint_stands_alone(trained: tuple, mvtec: Path, tmp_path: Path) ->
         ({"image_size": 96}, r"image_size=\[64, 64\], this model has image_size=\[96, 96\]"),
     ],
 )
-def test_checkpoint_of_another_model(trained: tuple, mvtec: Path, tmp_path: Path, arguments: dict, message: str) -> None:
+def test_checkpoint_of_another_model(
+    trained: tuple, mvtec: Path, tmp_path: Path, arguments: dict, message: str
+) -> None:
     """The message says what differs and what to do."""
     with pytest.raises(ValueError, match=message):
         engine(tmp_path).test(build(**arguments), datamodule=data(mvtec), ckpt_path=trained[1].best_model_path)

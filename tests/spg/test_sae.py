@@ -18,7 +18,7 @@ def test_initialisation_is_tied_and_unit_norm() -> None:
 
 
 def test_encode_decode_and_loss() -> None:
-    """z = max(0, TopK(Wx)), x_hat = z A, mean squared error; AuxK/32 on the residual of dead atoms."""
+    """Code z = max(0, TopK(Wx)), x_hat = z A, mean squared error; AuxK/32 on the residual of dead atoms."""
     sae = TopKSAE(dim=4, num_atoms=12, k=3, aux_k=2, dead_after=10)
     sae.encoder.data = torch.randn(12, 4)
     before = np.array([0, 50] * 6)

@@ -35,7 +35,7 @@ def fitted(size: tuple[int, int] = (64, 64), **arguments) -> SPGModel:
 
 
 def test_map_and_score_follow_the_paper() -> None:
-    """p = softmax of cosines / tau per patch, bilinear to pixels, Gaussian with sigma 4, maximum.
+    """Map p = softmax of cosines / tau per patch, bilinear to pixels, Gaussian with sigma 4, maximum.
 
     The backbone is replaced by chosen tokens; the reference is numpy and scipy.
     """

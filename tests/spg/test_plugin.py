@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Registration with an unmodified anomalib, each case in a new process."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import run_command
+
+FIND = """
+from anomalib.models import get_model, list_models
+import anomalib.models
+arguments = {"backbone": "vit_tiny_patch16_224", "pre_trained": False}
+assert type(get_model("spg", **arguments)).__name__ == "SPG"
+assert type(get_model({"class_path": "SPG", "init_args": arguments})).__name__ == "SPG"
+assert type(get_model({"class_path": "anomalib_spg.SPG", "init_args": arguments})).__name__ == "SPG"
+assert "SPG" in list_models("pascal") and "s_p_g" in list_models()
+assert type(anomalib.models).__name__ == "module"
+"""
+
+
+def python(code: str, folder: Path, *paths: Path) -> str:
+    """Run code in a new interpreter, with folders put before the installed packages."""
+    environment = {"PYTHONPATH": os.pathsep.join(map(str, paths))} if paths else {}
+    return run_command([sys.executable, "-c", code], folder, **environment)
+
+
+def fake_distribution(folder: Path, name: str, entry_points: str, code: str) -> Path:
+    """A distribution as it lies in site-packages, declaring entry points."""
+    (folder / f"{name}.py").write_text(code)
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(entry_points)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "",  # anomalib.models imports torch itself
+        "import torch",
+        "import anomalib.engine",
+        "from anomalib_spg import SPG",
+        "from anomalib_spg.lightning_model import SPG",
+        "from anomalib_spg.torch_model import SPGModel",
+        "from anomalib_spg.datamodule import AuxiliaryTarget",
+        "import torch; from anomalib_spg.lightning_model import SPG",
+    ],
+)
+def test_found_whatever_is_imported_first(first: str, tmp_path: Path) -> None:
+    """By name, as bare and as full class path, in the list."""
+    python(f"import warnings; warnings.simplefilter('error', UserWarning)\n{first}\n{FIND}", tmp_path)
+
+
+def test_importing_torch_alone_imports_nothing_else(tmp_path: Path) -> None:
+    """Neither anomalib, timm, Lightning nor our models."""
+    code = (
+        "import sys, torch; print(sorted({m.split('.')[0] for m in sys.modules} & {'anomalib', 'timm', 'lightning'}))"
+    )
+    assert python(code, tmp_path).strip().endswith("[]")
+    code = "import sys, torch; print([m for m in sys.modules if m.startswith('anomalib_')])"
+    assert python(code, tmp_path).strip().endswith("['anomalib_spg', 'anomalib_spg.plugin']")
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("raise RuntimeError('boom')", "boom"),
+        ("import nowhere_to_be_found", "nowhere_to_be_found"),
+        ("", "has no attribute 'Model'"),
+    ],
+)
+def test_broken_entry_point_costs_a_warning(code: str, reason: str, tmp_path: Path) -> None:
+    """It names the entry point and its distribution; torch, anomalib and the other models work."""
+    fake_distribution(tmp_path, "broken", "[anomalib.models]\nBroken = broken:Model\n", code)
+    output = python(f"import torch\n{FIND}", tmp_path, tmp_path)
+    assert "'Broken = broken:Model' of broken could not be loaded" in output
+    assert reason in output
+
+
+def test_other_plugins_are_found_too(tmp_path: Path) -> None:
+    """Anyone's model in the group is registered the same way; a name that anomalib has already is not taken over."""
+    classes = "class Mine(AnomalibModule): ...\nclass Other(AnomalibModule): ...\n"
+    code = f"from anomalib.models import AnomalibModule\n{classes}"
+    points = "[anomalib.models]\nMine = mine:Mine\nPadim = mine:Other\n"
+    fake_distribution(tmp_path, "mine", points, code)
+    check = (
+        "import anomalib.models as m; from anomalib.models import list_models\n"
+        "assert m.Mine.__module__ == 'mine' and 'mine' in m.ALLOWED_MODULES and 'mine' in list_models()\n"
+        "assert m.Padim.__module__.startswith('anomalib.')"
+    )
+    assert "anomalib.models has a Padim already" in python(check, tmp_path, tmp_path)
+
+
+def test_registering_twice_does_no_harm(tmp_path: Path) -> None:
+    """No warning, no second subclass."""
+    code = """
+import warnings; warnings.simplefilter("error", UserWarning)
+import torch, anomalib.models
+from anomalib_spg.plugin import autoload, register_models
+before = list(anomalib.models.AnomalibModule.__subclasses__())
+autoload(); register_models(); register_models(anomalib.models)
+assert anomalib.models.AnomalibModule.__subclasses__() == before
+"""
+    python(code + FIND, tmp_path)
+
+
+def test_spawned_workers(tmp_path: Path) -> None:
+    """A process that starts from nothing finds the models."""
+    (tmp_path / "job.py").write_text(f"def work():\n{FIND.replace(chr(10), chr(10) + '    ')}\n    print('found')\n")
+    code = """
+import multiprocessing, job
+if __name__ == "__main__":
+    process = multiprocessing.get_context("spawn").Process(target=job.work)
+    process.start(); process.join()
+    assert process.exitcode == 0
+"""
+    (tmp_path / "main.py").write_text(code)
+    assert "found" in run_command([sys.executable, "main.py"], tmp_path)
+
+
+def test_autoload_switched_off_or_failing(tmp_path: Path) -> None:
+    """With torch's switch the full class path still works; a failing hook costs a warning."""
+    code = "import torch; from anomalib_spg import SPG; SPG('vit_tiny_patch16_224', pre_trained=False)"
+    run_command([sys.executable, "-c", code], tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    (tmp_path / "wrapt.py").write_text("raise ImportError('no wrapt today')")
+    assert "no wrapt today" in python("import torch; print(torch.ones(1))", tmp_path, tmp_path)
