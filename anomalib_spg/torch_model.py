@@ -233,8 +233,7 @@ class SPGModel(nn.Module):
             guides.local_probability(patches, self.temperature)
             for guides, patches in zip(self.guides, tokens.patches, strict=True)
         ]).mean(dim=0)
-        patch_map = probability.view(-1, *tokens.grid)
-        anomaly_map = self.blur(to_pixels(patch_map, self.backbone.patch_size, size)[:, None])
+        anomaly_map = self.anomaly_map(probability.view(-1, *tokens.grid), size)
         score = self._score(anomaly_map.flatten(1))
         if self.cls_weight > 0:
             cls = torch.stack([
@@ -243,6 +242,18 @@ class SPGModel(nn.Module):
             ]).mean(dim=0)
             score = torch.lerp(score, cls, self.cls_weight)
         return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
+
+    def anomaly_map(self, patch_map: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
+        """Upsample a map over patches to pixels and smooth it.
+
+        Args:
+            patch_map (torch.Tensor): Probabilities per patch ``(B, h, w)``.
+            image_size (tuple[int, int]): Height and width of the image.
+
+        Returns:
+            torch.Tensor: Anomaly map ``(B, 1, H, W)``.
+        """
+        return self.blur(to_pixels(patch_map, self.backbone.patch_size, image_size)[:, None])
 
     def _score(self, pixels: torch.Tensor) -> torch.Tensor:
         if self.image_score == "max":
