@@ -113,7 +113,7 @@ class Backbone(nn.Module):
         self.layers: list[int] = sorted({layer % depth for layer in wanted})
 
         self._has_weights = not pre_trained
-        self.register_state_dict_pre_hook(lambda module, *_: module.load_weights())
+        self.register_state_dict_pre_hook(_fetch_weights)
         self.register_load_state_dict_pre_hook(_mark_loaded)
 
     def load_weights(self) -> None:
@@ -246,6 +246,11 @@ def _patch_size(name: str) -> int:
         msg = f"'{name}' is not a vision transformer with patch tokens. Choose one of timm.list_models('vit_*')."
         raise ValueError(msg)
     return model.patch_embed.patch_size[0]
+
+
+def _fetch_weights(module: Backbone, *_: Any) -> None:  # noqa: ANN401
+    """Saving needs the weights. A function of the module, not a lambda: hooks are pickled along."""
+    module.load_weights()
 
 
 def _mark_loaded(module: Backbone, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:  # noqa: ANN401

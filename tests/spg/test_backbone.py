@@ -2,6 +2,7 @@
 
 """The frozen backbone: published models, token layout, weights."""
 
+import pickle
 from pathlib import Path
 from unittest.mock import patch
 
@@ -156,3 +157,14 @@ def test_bad_arguments(arguments: dict, message: str) -> None:
     """Errors name the value and the remedy."""
     with pytest.raises(ValueError, match=message):
         Backbone(**arguments)
+
+
+def test_pickling_takes_the_weights_along(tmp_path: Path) -> None:
+    """As the export to torch does; hooks and lazily loaded weights survive it."""
+    source = timm.create_model(TINY, pretrained=False, num_classes=0)
+    save_file(source.state_dict(), tmp_path / "vit.safetensors")
+    pickled = pickle.dumps(Backbone(TINY, weights=tmp_path / "vit.safetensors"))
+    (tmp_path / "vit.safetensors").unlink()
+    copy = pickle.loads(pickled)  # noqa: S301
+    torch.testing.assert_close(copy.state_dict()["vit.norm.weight"], source.state_dict()["norm.weight"])
+    assert torch.equal(copy.vit.blocks[3].attn.qkv.weight, source.blocks[3].attn.qkv.weight)
