@@ -70,13 +70,11 @@ class AuxiliaryTarget(AnomalibDataModule):
         self.target = _build(target, {**(target_args or {}), "seed": seed})
         self.category = self.target.category
         categories = [auxiliary_categories] if isinstance(auxiliary_categories, str) else auxiliary_categories
-        arguments = {
-            **(auxiliary_args or {}),
-            "seed": seed,
-            # Their test set must stay whole.
-            "val_split_mode": ValSplitMode.SAME_AS_TEST,
-        }
-        if "category" not in signature(_datamodule_class(auxiliary)).parameters:
+        accepted = signature(_datamodule_class(auxiliary)).parameters
+        arguments = {**(auxiliary_args or {}), "seed": seed}
+        if "val_split_mode" in accepted:
+            arguments["val_split_mode"] = ValSplitMode.SAME_AS_TEST  # their test set must stay whole
+        if "category" not in accepted:
             self.auxiliary_categories = None
             self.auxiliaries = [_build(auxiliary, arguments)]
         else:
