@@ -219,7 +219,7 @@ def test_benchmark(name: str, folder: Path, trained: str, tmp_path: Path, anomal
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"modle": {}}, "modle"),
+        ({"modle": {"class_path": "SPG"}}, "modle"),
         ({"model": {"class_path": "SPG", "init_args": {"guide": "x"}}}, "guide"),
         ({"model": {"class_path": "SPG", "init_args": {"guides": "gone.safetensors"}}}, "gone.safetensors"),
     ],
