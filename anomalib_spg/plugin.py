@@ -12,7 +12,9 @@ This module, and the packages' ``__init__``, are imported while torch is still i
 
 import sys
 import warnings
+from importlib.machinery import ModuleSpec
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -20,13 +22,37 @@ GROUP = "anomalib.models"
 
 
 def autoload() -> None:
-    """Ask for :func:`register_models` to be called when ``anomalib.models`` is imported. Never raises."""
+    """Have :func:`register_models` called once ``anomalib.models`` is imported. Never raises."""
     try:
-        import wrapt
-
-        wrapt.register_post_import_hook(register_models, "anomalib.models")
+        if "anomalib.models" in sys.modules:
+            register_models()
+        else:
+            sys.meta_path.insert(0, _Finder())
     except Exception as exception:  # noqa: BLE001  # `import torch` must survive whatever goes wrong here
         warnings.warn(f"anomalib plugin models are not registered: {exception!r}", stacklevel=2)
+
+
+class _Finder:
+    """Import hook for ``anomalib.models``: found as ever, and registering after it has run.
+
+    The library wrapt has such hooks too, but importing it costs more than all the rest here.
+    """
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:  # noqa: ANN401
+        del path, target
+        if name != "anomalib.models":
+            return None
+        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                register_models(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
 
 
 def register_models(models: ModuleType | None = None) -> None:
@@ -47,13 +73,14 @@ def register_models(models: ModuleType | None = None) -> None:
         # anomalib.models was imported first and is itself importing torch: wait until somebody uses it.
         models.__class__ = _Awaiting
         return
+    awaiting = False
     for entry_point in entry_points(group=GROUP):
         try:
             model = entry_point.load()
         except Exception as exception:  # noqa: BLE001  # somebody else's broken package must not break anomalib
             if _is_importing(entry_point):
                 # The plugin was imported first and is itself importing anomalib: its class is not there yet.
-                models.__class__ = _Awaiting
+                awaiting = True
                 continue
             source = f" of {entry_point.dist.name}" if entry_point.dist else ""
             warnings.warn(
@@ -71,6 +98,8 @@ def register_models(models: ModuleType | None = None) -> None:
             continue
         setattr(models, entry_point.name, model)
         getattr(models, "ALLOWED_MODULES", set()).add(entry_point.module)
+    if awaiting:  # only now: the lines above use the module, and would come back here for ever
+        models.__class__ = _Awaiting
 
 
 def _is_complete(models: ModuleType) -> bool:

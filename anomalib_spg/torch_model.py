@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from anomalib.data import InferenceBatch
 from anomalib.models.components import GaussianBlur2d
+from anomalib.models.components.filters.blur import compute_kernel_size
 from torch import nn
 
 from .backbone import DEFAULT_BACKBONE, Backbone
@@ -132,7 +133,7 @@ class SPGModel(nn.Module):
         self.top_fraction = top_fraction
         self.cls_weight = cls_weight
         self.memory_limit = memory_limit
-        self.blur = GaussianBlur2d(sigma=sigma) if sigma > 0 else nn.Identity()
+        self.blur = _gaussian_blur(sigma) if sigma > 0 else nn.Identity()
 
         self.guides = nn.ModuleList(Guides(self.backbone.embed_dim) for _ in self.backbone.layers)
         if guides is not None:
@@ -384,6 +385,15 @@ class SPGModel(nn.Module):
             },
             "versions": {name: version(name) for name in ("anomalib", "timm", "torch")},
         }
+
+
+def _gaussian_blur(sigma: float) -> nn.Module:
+    """Gaussian smoothing of ``(B, 1, H, W)`` by rows, then by columns, which costs far less than both at once."""
+    size = compute_kernel_size(sigma)
+    return nn.Sequential(
+        GaussianBlur2d(sigma=sigma, kernel_size=(size, 1)),
+        GaussianBlur2d(sigma=sigma, kernel_size=(1, size)),
+    )
 
 
 class _EpochLog:

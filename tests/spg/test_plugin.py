@@ -123,9 +123,7 @@ if __name__ == "__main__":
     assert "found" in run_command([sys.executable, "main.py"], tmp_path)
 
 
-def test_autoload_switched_off_or_failing(tmp_path: Path) -> None:
-    """With torch's switch the full class path still works; a failing hook costs a warning."""
+def test_autoload_switched_off(tmp_path: Path) -> None:
+    """With torch's switch the full class path still works."""
     code = "import torch; from anomalib_spg import SPG; SPG('vit_tiny_patch16_224', pre_trained=False)"
     run_command([sys.executable, "-c", code], tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
-    (tmp_path / "wrapt.py").write_text("raise ImportError('no wrapt today')")
-    assert "no wrapt today" in python("import torch; print(torch.ones(1))", tmp_path, tmp_path)
