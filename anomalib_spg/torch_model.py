@@ -6,6 +6,7 @@ Reference: Sparse-Projected Guides for zero-shot anomaly detection (arXiv 2604.0
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -262,7 +263,8 @@ class SPGModel(nn.Module):
             self._pixels_of_patches(count, size, patch_map)
             for count, size in zip(patch_map.shape[-2:], image_size, strict=True)
         )
-        return (rows @ patch_map @ columns.T)[:, None]
+        # The clamp is for rounding only: a pixel of 1 + 1e-7 would make torchmetrics take the map for logits.
+        return (rows @ patch_map @ columns.T)[:, None].clamp(0, 1)
 
     def _pixels_of_patches(self, count: int, size: int, like: torch.Tensor) -> torch.Tensor:
         """Upsample and smooth unit vectors over ``count`` patches: a matrix ``(size, count)``."""
@@ -275,12 +277,8 @@ class SPGModel(nn.Module):
             return pixels.amax(dim=1)
         if self.image_score == "top":
             return pixels.topk(max(1, round(self.top_fraction * pixels.shape[1])), dim=1).values.mean(dim=1)
-        return self.temperature * (
-            torch.logsumexp(pixels / self.temperature, dim=1)
-            - torch.log(
-                torch.tensor(float(pixels.shape[1])),
-            )
-        )
+        mean = torch.logsumexp(pixels / self.temperature, dim=1) - math.log(pixels.shape[1])
+        return self.temperature * mean
 
     def _store(
         self,

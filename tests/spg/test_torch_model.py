@@ -87,6 +87,15 @@ def test_image_scores() -> None:
     torch.testing.assert_close(model(images).pred_score, 0.75 * pixels.max(dim=1).values + 0.25 * cls)
 
 
+def test_rounding_stays_in_range() -> None:
+    """A map that is 1 (or 0) everywhere stays within [0, 1] to the last bit."""
+    model = build()
+    for value in (0.0, 1.0):
+        anomaly_map = model.anomaly_map(torch.full((1, 28, 28), value), (440, 448))
+        assert 0 <= anomaly_map.min() <= anomaly_map.max() <= 1
+        assert anomaly_map.mean() == pytest.approx(value, abs=1e-5)
+
+
 def test_several_layers_are_averaged() -> None:
     """Each layer has its own dictionary and guides; the patch maps are averaged."""
     model = fitted(layers=[3, 7], sigma=0)
