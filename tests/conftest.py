@@ -18,7 +18,6 @@ from PIL import Image
 from anomalib_spg.quickstart import prepare
 
 REPOSITORY = Path(__file__).parents[1]
-TINY = "vit_tiny_patch16_224"
 
 
 @pytest.fixture(autouse=True)
