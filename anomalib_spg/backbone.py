@@ -28,14 +28,31 @@ def default_image_size(name: str) -> tuple[int, int]:
     return (518, 518) if "_clip_" in name else (448, 448)
 
 
+def is_clip(name: str) -> bool:
+    """Whether a timm name is that of a CLIP vision tower that shares a space with a text tower.
+
+    Args:
+        name (str): timm model name.
+
+    Returns:
+        bool: ``False`` also for CLIP towers fine-tuned for classification, whose head is a classifier.
+
+    Example:
+        >>> is_clip("vit_large_patch14_clip_quickgelu_336.openai"), is_clip("vit_base_patch16_clip_224.openai_ft_in1k")
+        (True, False)
+    """
+    return "_clip_" in name.split(".", maxsplit=1)[0] and "_ft_" not in name
+
+
 class Tokens(NamedTuple):
     """What a backbone gives for a batch of images; one list entry per layer.
 
     Attributes:
-        patches (list[torch.Tensor]): Patch tokens after the final norm (and the visual projection for CLIP), each
-            ``(B, N, D)`` with ``N = h * w`` in row-major order.
+        patches (list[torch.Tensor]): Patch tokens after the final norm (and the visual projection for CLIP), or as
+            the blocks give them with ``norm=False``, each ``(B, N, D)`` with ``N = h * w`` in row-major order.
         pooled (list[torch.Tensor]): One token per image, each ``(B, D)``: the attention-pooled token where the ViT
-            has attention pooling (SigLIP), else the class token, else the mean of the patch tokens.
+            has attention pooling (SigLIP), else the class token, else the mean of the patch tokens. Empty with
+            ``norm=False``.
         grid (tuple[int, int]): Rows and columns ``(h, w)`` of patches.
     """
 
@@ -50,6 +67,9 @@ class Backbone(nn.Module):
     The weights are fetched when they are first needed (a forward pass, or saving), not when the module is built,
     so that restoring a checkpoint never touches the hub.
 
+    Attributes:
+        has_weights (bool): Whether they are there, fetched or restored.
+
     Args:
         name (str): timm model name. Defaults to DINOv3-L/16 (paper).
         layers (Sequence[int] | None): 0-based block indices, negative ones count from the end. ``None`` is the last
@@ -60,6 +80,7 @@ class Backbone(nn.Module):
         image_size (tuple[int, int] | None): Height and width the position grid is laid out for. Other sizes work
             too, at the cost of resampling the grid in every forward pass. ``None`` is the size the weights were
             trained with.
+        norm (bool): Give tokens after the final norm (and projection). ``False`` gives them as the blocks do.
 
     Raises:
         ValueError: If the name is not a timm model, has no patch tokens, or lacks a layer.
@@ -78,6 +99,7 @@ class Backbone(nn.Module):
         pre_trained: bool = True,
         weights: str | Path | None = None,
         image_size: tuple[int, int] | None = None,
+        norm: bool = True,
     ) -> None:
         super().__init__()
         config = pretrained_config(name)
@@ -86,20 +108,21 @@ class Backbone(nn.Module):
             raise ValueError(msg)
         self.name = name
         self.weights = weights
+        self.norm = norm
         # CLIP's tokens live in the joint space of its visual projection, which timm calls the head. Everywhere else,
         # and in CLIP towers fine-tuned for classification, the head is a classifier that has no business here.
-        self.project = "_clip_" in name.split(".", maxsplit=1)[0] and "_ft_" not in name
+        self.project = is_clip(name)
         self.vit_arguments: dict[str, Any] = {"dynamic_img_size": True}
         if not self.project:
             self.vit_arguments["num_classes"] = 0
-        self.patch_size: int = _patch_size(name)
+        self.patch_size: int = _meta_vit(name).patch_embed.patch_size[0]
         if image_size is not None:
             self.vit_arguments["img_size"] = tuple(-(-size // self.patch_size) * self.patch_size for size in image_size)
         self.vit = timm.create_model(name, pretrained=False, **self.vit_arguments)
         self.vit.requires_grad_(requires_grad=False)
         self.vit.eval()
 
-        self.embed_dim: int = self.vit.num_classes if self.project else self.vit.num_features
+        self.embed_dim: int = self.vit.num_classes if self.project and norm else self.vit.num_features
         grid = self.vit.patch_embed.img_size
         self.image_size: tuple[int, int] = tuple(image_size) if image_size is not None else tuple(grid)
         self.mean: tuple[float, ...] = tuple(config["mean"])
@@ -112,7 +135,7 @@ class Backbone(nn.Module):
             raise ValueError(msg)
         self.layers: list[int] = sorted({layer % depth for layer in wanted})
 
-        self._has_weights = not pre_trained
+        self.has_weights = not pre_trained
         self.register_state_dict_pre_hook(_fetch_weights)
         self.register_load_state_dict_pre_hook(_mark_loaded)
 
@@ -123,10 +146,10 @@ class Backbone(nn.Module):
             ValueError: If the local file does not fit; the message names missing and unexpected keys.
             RuntimeError: If the hub cannot be reached; the message says how to use a local file.
         """
-        if self._has_weights:
+        if self.has_weights:
             return
         if self.weights is not None:
-            self._load_file(self.weights)
+            self.load_state(read_weights(self.weights), self.weights)
         else:
             try:
                 source = timm.create_model(self.name, pretrained=True, **self.vit_arguments)
@@ -138,12 +161,19 @@ class Backbone(nn.Module):
                 )
                 raise RuntimeError(msg) from exception
             self.vit.load_state_dict(source.state_dict())
-        self._has_weights = True
+        self.has_weights = True
 
-    def _load_file(self, path: str | Path) -> None:
-        """Load a local file strictly; timm's own loader would let missing keys pass where the head is left out."""
+    def load_state(self, state: dict[str, Any], source: str | Path) -> None:
+        """Load weights strictly; timm's own loader would let missing keys pass where the head is left out.
+
+        Args:
+            state (dict[str, Any]): State dict in timm's naming, or one timm converts to it (OpenCLIP, DINOv2).
+            source (str | Path): Where it comes from, for the message.
+
+        Raises:
+            ValueError: If it does not fit; the message names missing and unexpected keys.
+        """
         try:
-            state = timm.models.load_state_dict(str(path))
             # timm's converter of a model family: original names to timm's, position grids to the model's size.
             convert = getattr(sys.modules[type(self.vit).__module__], "checkpoint_filter_fn", None)
             state = convert(state, self.vit) if convert else state
@@ -151,8 +181,9 @@ class Backbone(nn.Module):
                 state = {key: value for key, value in state.items() if not key.startswith("head.")}
             self.vit.load_state_dict(state)
         except Exception as exception:
-            msg = f"Weights file '{path}' does not fit backbone '{self.name}': {exception}"
+            msg = f"Weights file '{source}' does not fit backbone '{self.name}': {exception}"
             raise ValueError(msg) from exception
+        self.has_weights = True
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickling (export to torch, spawned workers) takes the weights along."""
@@ -188,7 +219,7 @@ class Backbone(nn.Module):
                 images,
                 indices=self.layers,
                 return_prefix_tokens=self.vit.num_prefix_tokens > 0,
-                norm=True,
+                norm=self.norm,
                 stop_early=True,  # blocks behind the last wanted one cost time and give nothing
                 output_fmt="NLC",
                 intermediates_only=True,
@@ -196,6 +227,9 @@ class Backbone(nn.Module):
             patches, pooled = [], []
             for intermediate in intermediates:
                 patch, prefix = intermediate if self.vit.num_prefix_tokens else (intermediate, None)
+                if not self.norm:
+                    patches.append(patch)
+                    continue
                 if getattr(self.vit, "attn_pool", None) is not None:
                     pool = self.vit.attn_pool(patch)
                 elif getattr(self.vit, "cls_token", None) is not None and prefix is not None:
@@ -205,6 +239,37 @@ class Backbone(nn.Module):
                 patches.append(self.vit.head(patch) if self.project else patch)
                 pooled.append(self.vit.head(pool) if self.project else pool)
         return Tokens(patches, pooled, grid)
+
+    def embed(self, patches: torch.Tensor) -> torch.Tensor:
+        """Apply final norm (and CLIP's visual projection) to raw tokens.
+
+        Args:
+            patches (torch.Tensor): Tokens ``(B, N, D)`` got with ``norm=False``.
+
+        Returns:
+            torch.Tensor: Tokens as ``norm=True`` gives them.
+        """
+        patches = self.vit.norm(patches)
+        return self.vit.head(patches) if self.project else patches
+
+
+def read_weights(path: str | Path) -> dict[str, Any]:
+    """Read a weights file without running any code in it.
+
+    Args:
+        path (str | Path): Safetensors or PyTorch state dict.
+
+    Returns:
+        dict[str, Any]: State dict.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    try:
+        return timm.models.load_state_dict(str(path), weights_only=True)
+    except Exception as exception:
+        msg = f"Cannot read weights file '{path}': {exception} Give a safetensors file or a PyTorch state dict."
+        raise ValueError(msg) from exception
 
 
 def pretrained_config(name: str) -> dict[str, Any]:
@@ -238,14 +303,34 @@ def pretrained_config(name: str) -> dict[str, Any]:
     return config.to_dict()
 
 
-def _patch_size(name: str) -> int:
-    """Patch size of a timm model, found without spending memory on it; refuses what is no plain ViT."""
+def num_blocks(name: str) -> int:
+    """Get the depth of a timm ViT without spending memory on it.
+
+    Args:
+        name (str): timm model name.
+
+    Returns:
+        int: Number of blocks.
+
+    Raises:
+        ValueError: If there is no such model, or it is no ViT with patch tokens.
+
+    Example:
+        >>> num_blocks("vit_large_patch16_dinov3.lvd1689m")
+        24
+    """
+    return len(_meta_vit(name).blocks)
+
+
+def _meta_vit(name: str) -> nn.Module:
+    """A timm ViT without memory for its weights; refuses what is no plain ViT."""
+    pretrained_config(name)
     with torch.device("meta"):
         model = timm.create_model(name, pretrained=False)
     if not (hasattr(model, "blocks") and hasattr(model, "patch_embed") and hasattr(model, "num_prefix_tokens")):
         msg = f"'{name}' is not a vision transformer with patch tokens. Choose one of timm.list_models('vit_*')."
         raise ValueError(msg)
-    return model.patch_embed.patch_size[0]
+    return model
 
 
 def _fetch_weights(module: Backbone, *_: Any) -> None:  # noqa: ANN401
@@ -256,4 +341,4 @@ def _fetch_weights(module: Backbone, *_: Any) -> None:  # noqa: ANN401
 def _mark_loaded(module: Backbone, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:  # noqa: ANN401
     """Weights that come with a checkpoint make fetching them needless."""
     if any(key.startswith(f"{prefix}vit.") for key in state_dict):
-        module._has_weights = True  # noqa: SLF001
+        module.has_weights = True

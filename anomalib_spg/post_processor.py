@@ -102,5 +102,5 @@ class OrderPreservingPostProcessor(PostProcessor):
             # A segment of no length is a step: scores beyond it get its whole rise, those on it half of none.
             share = torch.where(length > 0, share, (preds > start).to(preds.dtype))
             normalized = normalized + (top - bottom) * share
-        # The clamp is for rounding only, see SPGModel.anomaly_map.
+        # The clamp is for rounding only, see AnomalyMapGenerator.
         return torch.where(torch.isnan(norm_min) | torch.isnan(norm_max), preds, normalized.clamp(0, 1))

@@ -14,11 +14,9 @@ from typing import Any, Literal
 
 import torch
 from anomalib.data import InferenceBatch
-from anomalib.models.components import GaussianBlur2d
-from anomalib.models.components.filters.blur import compute_kernel_size
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
 
+from .anomaly_map import AnomalyMapGenerator
 from .backbone import DEFAULT_BACKBONE, Backbone
 from .guides import Guides, read_guides, save_guides, train_guides
 from .sae import TopKSAE, train_sae
@@ -135,8 +133,7 @@ class SPGModel(nn.Module):
         self.top_fraction = top_fraction
         self.cls_weight = cls_weight
         self.memory_limit = memory_limit
-        kernel_size = (compute_kernel_size(sigma), 1)
-        self.blur = GaussianBlur2d(sigma=sigma, kernel_size=kernel_size) if sigma > 0 else nn.Identity()
+        self.anomaly_map_generator = AnomalyMapGenerator(self.backbone.patch_size, sigma)
 
         self.guides = nn.ModuleList(Guides(self.backbone.embed_dim) for _ in self.backbone.layers)
         if guides is not None:
@@ -237,7 +234,7 @@ class SPGModel(nn.Module):
             guides.local_probability(patches, self.temperature)
             for guides, patches in zip(self.guides, tokens.patches, strict=True)
         ]).mean(dim=0)
-        anomaly_map = self.anomaly_map(probability.view(-1, *tokens.grid), size)
+        anomaly_map = self.anomaly_map_generator(probability.view(-1, *tokens.grid), size)
         score = self._score(anomaly_map.flatten(1))
         if self.cls_weight > 0:
             cls = torch.stack([
@@ -246,31 +243,6 @@ class SPGModel(nn.Module):
             ]).mean(dim=0)
             score = torch.lerp(score, cls, self.cls_weight)
         return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
-
-    def anomaly_map(self, patch_map: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
-        """Upsample a map over patches to pixels and smooth it.
-
-        Args:
-            patch_map (torch.Tensor): Probabilities per patch ``(B, h, w)``.
-            image_size (tuple[int, int]): Height and width of the image.
-
-        Returns:
-            torch.Tensor: Anomaly map ``(B, 1, H, W)``.
-        """
-        # Both steps are linear and act on rows and columns apart. What they do to one row, found on unit vectors, is
-        # a small matrix; two products with it cost a hundredth of smoothing the pixels themselves.
-        rows, columns = (
-            self._pixels_of_patches(count, size, patch_map)
-            for count, size in zip(patch_map.shape[-2:], image_size, strict=True)
-        )
-        # The clamp is for rounding only: a pixel of 1 + 1e-7 would make torchmetrics take the map for logits.
-        return (rows @ patch_map @ columns.T)[:, None].clamp(0, 1)
-
-    def _pixels_of_patches(self, count: int, size: int, like: torch.Tensor) -> torch.Tensor:
-        """Upsample and smooth unit vectors over ``count`` patches: a matrix ``(size, count)``."""
-        units = torch.eye(count, dtype=like.dtype, device=like.device)[None]
-        pixels = F.interpolate(units, size=count * self.backbone.patch_size, mode="linear", align_corners=False)
-        return self.blur(pixels[:, None, :, :size].transpose(2, 3))[0, 0]
 
     def _score(self, pixels: torch.Tensor) -> torch.Tensor:
         if self.image_score == "max":

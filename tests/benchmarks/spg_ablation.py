@@ -92,7 +92,7 @@ def main() -> None:
                 maps = []
                 for batch in tokens:
                     patch_map = torch_model.guides[index].local_probability(batch.patches[index], 0.07)
-                    maps.append(torch_model.anomaly_map(patch_map.view(-1, *batch.grid), (448, 448)))
+                    maps.append(torch_model.anomaly_map_generator(patch_map.view(-1, *batch.grid), (448, 448)))
                 scores = torch.cat(maps).flatten(1).amax(dim=1)
                 row = f"block {layer}" if arguments.table == "layers" else name
                 results.setdefault(row, []).append(roc_auc_score(labels, scores))

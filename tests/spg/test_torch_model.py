@@ -91,7 +91,7 @@ def test_rounding_stays_in_range() -> None:
     """A map that is 1 (or 0) everywhere stays within [0, 1] to the last bit."""
     model = build()
     for value in (0.0, 1.0):
-        anomaly_map = model.anomaly_map(torch.full((1, 28, 28), value), (440, 448))
+        anomaly_map = model.anomaly_map_generator(torch.full((1, 28, 28), value), (440, 448))
         assert 0 <= anomaly_map.min() <= anomaly_map.max() <= 1
         assert anomaly_map.mean() == pytest.approx(value, abs=1e-5)
 

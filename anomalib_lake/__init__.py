@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""LAKE (Latent Anomaly Knowledge Excavation): training-free, few-shot anomaly detection for anomalib.
+
+Example:
+    >>> from anomalib_lake import LAKE
+    >>> LAKE.__name__
+    'LAKE'
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .lightning_model import LAKE
+    from .torch_model import LAKEModel
+
+__all__ = ["LAKE", "LAKEModel"]
+
+# Where each public name lives; imported on first use, so that importing the package alone stays cheap.
+_MODULES = {"LAKE": "lightning_model", "LAKEModel": "torch_model"}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    if name in _MODULES:
+        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    msg = f"module '{__name__}' has no attribute '{name}'"
+    raise AttributeError(msg)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Normality bank: normal patch tokens of one layer, and how far a patch is from the nearest of them."""
+
+import torch
+from anomalib.models.components import DynamicBufferMixin, KCenterGreedy
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+# Bank tokens compared at a time: large enough for the matrix product, small enough for the cache.
+CHUNK = 2048
+
+
+class NormalityBank(DynamicBufferMixin, nn.Module):
+    """Normal patch tokens and the distance that is usual among them.
+
+    Distances are Euclidean. Divided by the mean distance of a normal patch to the patches of the *other* normal images,
+    they are 1 for an ordinary normal patch whatever the product, the backbone and the layer.
+
+    Args:
+        size (int | None): Most tokens to keep; more are thinned to a coreset by anomalib's k-center greedy. ``None``
+            keeps all.
+
+    Attributes:
+        tokens (torch.Tensor): Kept tokens ``(M, K)``.
+        images (torch.Tensor): Number of the normal image each of them is from ``(M,)``.
+        positions (torch.Tensor): Number of the patch in that image ``(M,)``.
+        scale (torch.Tensor): The mean leave-one-image-out distance, a scalar.
+
+    Example:
+        >>> bank = NormalityBank()
+        >>> bank.fit(torch.tensor([[[0.0, 0.0], [1.0, 0.0]], [[0.0, 2.0], [1.0, 2.0]]]), grid=(1, 2))
+        >>> bank.scale
+        tensor(2.)
+        >>> bank(torch.tensor([[[0.0, 1.0], [1.0, 6.0]]]))
+        tensor([[0.5000, 2.0000]])
+    """
+
+    def __init__(self, size: int | None = None) -> None:
+        super().__init__()
+        if size is not None and size < 1:
+            msg = f"bank_size={size} must be at least 1, or None to keep every token."
+            raise ValueError(msg)
+        self.size = size
+        self.register_buffer("tokens", torch.empty(0))
+        self.register_buffer("images", torch.empty(0, dtype=torch.long))
+        self.register_buffer("positions", torch.empty(0, dtype=torch.long))
+        self.register_buffer("scale", torch.ones(()))
+        self.tokens: torch.Tensor
+        self.images: torch.Tensor
+        self.positions: torch.Tensor
+        self.scale: torch.Tensor
+
+    def fit(self, tokens: torch.Tensor, grid: tuple[int, int]) -> None:
+        """Fill the bank.
+
+        Args:
+            tokens (torch.Tensor): Projected patch tokens of the normal images ``(I, N, K)``.
+            grid (tuple[int, int]): Rows and columns of patches, ``N = rows * columns``.
+
+        Raises:
+            ValueError: If every normal patch has an exact copy in another image, so that no distance is usual.
+        """
+        images, patches = tokens.shape[:2]
+        self.scale = self._usual_distance(tokens, grid)
+        if not self.scale > 1e-6:
+            msg = "The normal images are copies of each other, or blank. Give images that differ."
+            raise ValueError(msg)
+        self.tokens = tokens.flatten(0, 1).contiguous()
+        self.images = torch.arange(images, device=tokens.device).repeat_interleave(patches)
+        self.positions = torch.arange(patches, device=tokens.device).repeat(images)
+        if self.size is not None and self.size < len(self.tokens):
+            # Half a token more: the sampler rounds the product down.
+            sampler = KCenterGreedy(self.tokens, sampling_ratio=(self.size + 0.5) / len(self.tokens))
+            kept = torch.tensor(sampler.select_coreset_idxs(), device=tokens.device)
+            self.tokens, self.images, self.positions = self.tokens[kept], self.images[kept], self.positions[kept]
+
+    @staticmethod
+    def _usual_distance(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Mean distance of a patch to its nearest one in the other images; with one image, in its other quarters.
+
+        At most 8 images are asked, spread over all: the mean over thousands of patches hardly moves with more.
+        """
+        if len(tokens) == 1:
+            rows, columns = (torch.arange(side, device=tokens.device) * 2 // side for side in grid)
+            quarter = (rows[:, None] * 2 + columns).flatten()
+            parts = [tokens[0, quarter == number] for number in quarter.unique()]
+            asked = range(len(parts))
+        else:
+            parts = list(tokens)
+            asked = sorted({round(number) for number in torch.linspace(0, len(parts) - 1, 8).tolist()})
+        distances = [
+            nearest(parts[index], torch.cat([*parts[:index], *parts[index + 1 :]])) for index in asked if len(parts) > 1
+        ]
+        return torch.cat(distances).mean() if distances else torch.zeros_like(tokens[0, 0, 0])
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Compute the structural deviation.
+
+        Args:
+            tokens (torch.Tensor): Projected patch tokens ``(B, N, K)``.
+
+        Returns:
+            torch.Tensor: Distance to the nearest bank token over the usual one ``(B, N)``.
+        """
+        if torch.compiler.is_compiling():
+            distances = nearest(tokens, self.tokens)
+        else:  # image by image, so that the table of distances stays in the cache
+            distances = torch.stack([nearest(image, self.tokens) for image in tokens])
+        return distances / self.scale
+
+
+def nearest(tokens: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
+    """Euclidean distance to the nearest token of a bank.
+
+    Args:
+        tokens (torch.Tensor): Tokens ``(..., K)``.
+        bank (torch.Tensor): Bank ``(M, K)``.
+
+    Returns:
+        torch.Tensor: Distances ``(...)``.
+    """
+    queries = F.pad(tokens, (0, 1), value=1.0)
+    lowest = []
+    for chunk in bank.split(CHUNK):
+        # |b|^2 - 2 t.b, whose order over b is that of the distance: one product, with the norm as one more channel
+        keys = torch.cat([-2 * chunk, chunk.square().sum(dim=1, keepdim=True)], dim=1)
+        lowest.append((queries @ keys.T).amin(dim=-1))
+    return (torch.stack(lowest).amin(dim=0) + tokens.square().sum(dim=-1)).clamp(min=0).sqrt()

@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""LAKE as an anomalib model.
+
+Reference: Latent Anomaly Knowledge Excavation (arXiv 2604.07802).
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib import LearningType
+from anomalib.data import Batch
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule, MemoryBankMixin
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import nn
+from torchvision.transforms.v2 import Compose, Normalize, Resize
+
+from anomalib_spg.backbone import default_image_size, pretrained_config
+from anomalib_spg.evaluator import default_evaluator
+from anomalib_spg.post_processor import OrderPreservingPostProcessor
+from anomalib_spg.unreadable import NameUnreadableImages
+
+from .neurons import Normalization, Selection
+from .normal_images import draw_normal_images
+from .torch_model import DEFAULT_BACKBONE, LAKEModel
+
+logger = logging.getLogger(__name__)
+
+
+class LAKE(MemoryBankMixin, AnomalibModule):
+    """LAKE: Latent Anomaly Knowledge Excavation.
+
+    Training-free. A few normal images show which neurons of a frozen foundation model are sensitive; how far a patch
+    deviates there from every normal patch, and with CLIP how far it leans to the anomalous text, marks defects.
+
+    Args:
+        backbone (str): timm model name. Defaults to OpenAI's CLIP ViT-L/14@336 (paper: a CLIP model).
+        layers (Sequence[int] | None): 0-based blocks whose raw tokens give the structural deviation, negative ones from
+            the end. ``None`` is 5/12 and 9/12 of the depth (ours): blocks 9 and 17 of 24, 4 and 8 of 12.
+        semantic_layer (int): Block for the semantic activation. Defaults to -1, the last (ours; paper: a deeper one).
+        pre_trained (bool): Load the backbone's weights. Defaults to ``True``.
+        weights (str | Path | None): Local weights file used instead of the hub: an OpenCLIP checkpoint serves both
+            towers; without text a file in timm's naming will do. Defaults to ``None``.
+        image_size (int | tuple[int, int] | None): Size images are resized to. ``None`` is 448, or 518 for CLIP (ours).
+        k_shot (int | None): Normal images to use, drawn with the seed; ``None`` for all. Defaults to 4 (ours).
+        few_shot_source (str | Path | None): Folder of normal images to draw from instead of the training set.
+        neurons (int): Sensitive neurons per layer, K. Defaults to 100 (paper).
+        selection (Literal["variance", "random", "lowest", "pca", "all"]): Rule that chooses them: variance (paper), or
+            a control.
+        normalization (Literal["after", "before", "none"]): Bring tokens to unit length after the selection (ours),
+            before it, or not at all.
+        bank_size (int | None): Most tokens per layer in the bank; ``None`` keeps all. Defaults to 8192 (ours).
+        text_weight (float | None): Weight of the semantic activation, in [0, 1]. ``None`` is 0.3 (paper) for CLIP and 0
+            for a backbone without text; 0 turns the text side off.
+        class_name (str | None): What the images show, for the prompts. ``None`` is the datamodule's category, else
+            "object".
+        normal_prompts (Sequence[str] | None): Descriptions of normal images. ``None`` takes WinCLIP's (ours).
+        anomalous_prompts (Sequence[str] | None): Descriptions of anomalous ones. ``None`` takes WinCLIP's (ours).
+        temperature (float): Softmax temperature of the semantic activation. Defaults to 0.07 (ours).
+        sigma (float): Gaussian smoothing of the map in pixels; 0 for none. Defaults to 4 (ours).
+        pre_processor (nn.Module | bool, optional): Pre-processor instance or flag to use the default.
+            Defaults to ``True``.
+        post_processor (nn.Module | bool, optional): Post-processor instance or flag to use the default.
+            Defaults to ``True``.
+        evaluator (Evaluator | bool, optional): Evaluator instance or flag to use the default. Defaults to ``True``.
+        visualizer (Visualizer | bool, optional): Visualizer instance or flag to use the default. Defaults to ``True``.
+
+    Attributes:
+        normal_images (list[str]): Paths of the normal images that were drawn.
+
+    Raises:
+        ValueError: If an argument is out of range, or text is asked of a backbone that has none.
+
+    Example:
+        >>> from anomalib_lake import LAKE
+        >>> model = LAKE(backbone="vit_tiny_patch16_224", pre_trained=False, image_size=224)
+        >>> model.model.layers, model.model.text_weight
+        ([4, 8], 0.0)
+    """
+
+    def __init__(
+        self,
+        backbone: str = DEFAULT_BACKBONE,
+        layers: Sequence[int] | None = None,
+        semantic_layer: int = -1,
+        pre_trained: bool = True,
+        weights: str | Path | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        k_shot: int | None = 4,
+        few_shot_source: str | Path | None = None,
+        neurons: int = 100,
+        selection: Selection = "variance",
+        normalization: Normalization = "after",
+        bank_size: int | None = 8192,
+        text_weight: float | None = None,
+        class_name: str | None = None,
+        normal_prompts: Sequence[str] | None = None,
+        anomalous_prompts: Sequence[str] | None = None,
+        temperature: float = 0.07,
+        sigma: float = 4.0,
+        pre_processor: nn.Module | bool = True,
+        post_processor: nn.Module | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        if k_shot is not None and k_shot < 1:
+            msg = f"k_shot={k_shot} must be at least 1; leave it null to use every normal image."
+            raise ValueError(msg)
+        image_size = image_size or default_image_size(backbone)
+        size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
+        super().__init__(
+            pre_processor=self.configure_pre_processor(size, backbone) if pre_processor is True else pre_processor,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        self.k_shot = k_shot
+        self.few_shot_source = few_shot_source
+        self.class_name = class_name
+        self.normal_images: list[str] = []
+        self._training_set: Any = None
+        self.model: LAKEModel = LAKEModel(
+            backbone=backbone,
+            layers=layers,
+            semantic_layer=semantic_layer,
+            pre_trained=pre_trained,
+            weights=weights,
+            image_size=self.input_size or size,
+            neurons=neurons,
+            selection=selection,
+            normalization=normalization,
+            bank_size=bank_size,
+            text_weight=text_weight,
+            normal_prompts=normal_prompts,
+            anomalous_prompts=anomalous_prompts,
+            temperature=temperature,
+            sigma=sigma,
+        )
+
+    @classmethod
+    def configure_pre_processor(
+        cls,
+        image_size: tuple[int, int] | None = None,
+        backbone: str = DEFAULT_BACKBONE,
+    ) -> PreProcessor:
+        """Configure the default pre-processor: resize, and normalise with the backbone's own image statistics.
+
+        Args:
+            image_size (tuple[int, int] | None, optional): Size to resize to. Defaults to 448, or 518 for CLIP.
+            backbone (str): timm model name.
+
+        Returns:
+            PreProcessor: Configured pre-processor.
+
+        Example:
+            >>> LAKE.configure_pre_processor().transform.transforms[0].size
+            [518, 518]
+        """
+        config = pretrained_config(backbone)
+        return PreProcessor(
+            transform=Compose([
+                Resize(image_size or default_image_size(backbone), antialias=True),
+                Normalize(mean=list(config["mean"]), std=list(config["std"])),
+            ]),
+        )
+
+    @staticmethod
+    def configure_post_processor() -> PostProcessor:
+        """Configure the default post-processor, which cannot change a ranking metric."""
+        return OrderPreservingPostProcessor()
+
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """Configure the default evaluator: anomalib's metrics, and average precision and AUPRO beside them."""
+        return default_evaluator()
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """Add the callback that names images which cannot be read."""
+        return [*super().configure_callbacks(), NameUnreadableImages()]
+
+    @staticmethod
+    def configure_optimizers() -> None:
+        """Return no optimiser: nothing is trained."""
+        return
+
+    def setup(self, stage: str) -> None:
+        """Before fitting, put the drawn normal images in the place of the training set, so that no other is decoded.
+
+        Args:
+            stage (str): Stage of the trainer.
+
+        Raises:
+            ValueError: If there are no normal images, or fewer than ``k_shot``.
+        """
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and datamodule is not None:
+            self._training_set = datamodule.train_data
+            datamodule.train_data, self.normal_images = draw_normal_images(
+                datamodule.train_data,
+                self.k_shot,
+                source=self.few_shot_source,
+                transform=datamodule.train_data.augmentations,
+                name=datamodule.name,
+            )
+            shown = ", ".join(self.normal_images[:8]) + (", ..." if len(self.normal_images) > 8 else "")
+            logger.info("LAKE uses %d normal images: %s", len(self.normal_images), shown)
+
+    def teardown(self, stage: str) -> None:
+        """Give the datamodule its training set back.
+
+        Args:
+            stage (str): Stage of the trainer.
+        """
+        del stage
+        if self._training_set is not None:
+            self.trainer.datamodule.train_data = self._training_set
+            self._training_set = None
+
+    def training_step(self, batch: Batch, *args, **kwargs) -> STEP_OUTPUT:
+        """Store the patch tokens of a batch of normal images.
+
+        Args:
+            batch (Batch): Normal images.
+            *args: Additional arguments (unused).
+            **kwargs: Additional keyword arguments (unused).
+
+        Returns:
+            STEP_OUTPUT: A dummy loss for Lightning.
+        """
+        del args, kwargs
+        self.model(batch.image)
+        return torch.tensor(0.0, requires_grad=True, device=self.device)
+
+    def fit(self) -> None:
+        """Choose the sensitive neurons and fill the banks from the stored tokens."""
+        name = self.class_name or getattr(getattr(self.trainer, "datamodule", None), "category", None) or "object"
+        self.model.fit(str(name))
+        banks = [len(bank.tokens) for bank in self.model.banks]
+        logger.info(
+            "Normality bank: %s tokens of %d channels in blocks %s.",
+            " and ".join(map(str, banks)),
+            self.model.banks[0].tokens.shape[1],
+            self.model.layers,
+        )
+
+    def validation_step(self, batch: Batch, *args, **kwargs) -> STEP_OUTPUT:
+        """Find anomalies in a validation batch.
+
+        Args:
+            batch (Batch): Input batch.
+            *args: Additional arguments (unused).
+            **kwargs: Additional keyword arguments (unused).
+
+        Returns:
+            STEP_OUTPUT: The batch with predictions.
+        """
+        del args, kwargs
+        return batch.update(**self.model(batch.image)._asdict())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make the checkpoint stand alone: restoring it needs neither hub nor weights nor normal images."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["normal_images"] = self.normal_images
+        checkpoint["hyper_parameters"] |= {
+            **self._identity(),
+            "pre_trained": False,
+            "weights": None,
+            "few_shot_source": None,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore component configuration, and refuse the checkpoint of another model.
+
+        Raises:
+            ValueError: If backbone, layers, image size, selection or text weight differ.
+        """
+        super().on_load_checkpoint(checkpoint)
+        self.normal_images = checkpoint.get("normal_images", [])
+        saved = checkpoint.get("hyper_parameters", {})
+        for name, own in self._identity().items():
+            if saved.get(name, own) != own:
+                msg = (
+                    f"The checkpoint was saved with {name}={saved[name]}, this model has {name}={own}. Give the model "
+                    "the arguments it was trained with (for instance the same --config)."
+                )
+                raise ValueError(msg)
+
+    def _identity(self) -> dict[str, Any]:
+        model = self.model
+        return {
+            "backbone": model.backbone.name,
+            "layers": model.layers,
+            "image_size": list(model.backbone.image_size),
+            "neurons": model.neurons[0].count,
+            "selection": model.neurons[0].selection,
+            "normalization": model.neurons[0].normalization,
+            "text_weight": model.text_weight,
+        }
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Trainer arguments of LAKE.
+
+        Returns:
+            dict[str, Any]: One epoch on one device, because the normal images are passed once.
+        """
+        return {"gradient_clip_val": 0, "max_epochs": 1, "num_sanity_val_steps": 0, "devices": 1}
+
+    @property
+    def learning_type(self) -> LearningType:
+        """Learning type.
+
+        Returns:
+            LearningType: Always ``ONE_CLASS``. The method is few-shot, but anomalib's engine would only validate a
+                ``FEW_SHOT`` model: it would never see the normal images, nor run in ``anomalib benchmark``.
+        """
+        return LearningType.ONE_CLASS

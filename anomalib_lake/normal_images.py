@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The few normal images: drawn with the seed, so that only they are ever decoded."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from anomalib.data import AnomalibDataset, PredictDataset
+from anomalib.data.utils import get_image_filenames
+
+
+def draw_normal_images(
+    dataset: AnomalibDataset,
+    k_shot: int | None,
+    source: str | Path | None = None,
+    transform: Callable | None = None,
+    name: str = "the datamodule",
+) -> tuple[AnomalibDataset | PredictDataset, list[str]]:
+    """Draw normal images from a training set, or from a folder.
+
+    The draw depends on the seed and the number of images alone (``torch.initial_seed``), not on what else was drawn
+    before.
+
+    Args:
+        dataset (AnomalibDataset): Training set; images labelled anomalous are left aside.
+        k_shot (int | None): Number of images, ``None`` for all.
+        source (str | Path | None): Folder (or file) to draw from instead.
+        transform (Callable | None): Transform for the images of that folder.
+        name (str): What the training set is called in messages.
+
+    Returns:
+        tuple[AnomalibDataset | PredictDataset, list[str]]: The dataset of the drawn images, and their paths.
+
+    Raises:
+        ValueError: If there are no images, or fewer than ``k_shot``; the message says how many there are.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for index in range(5):
+        ...         Image.new("RGB", (8, 8)).save(f"{folder}/{index}.png")
+        ...     drawn, paths = draw_normal_images(None, k_shot=2, source=folder)
+        >>> len(drawn), len(paths)
+        (2, 2)
+    """
+    if source is not None:
+        place, remedy = f"folder '{source}'", "Check few_shot_source"
+        try:
+            paths = [str(path) for path in get_image_filenames(source)]
+        except (FileNotFoundError, ValueError) as exception:
+            msg = f"No normal images in {place}: {exception}. {remedy}."
+            raise ValueError(msg) from exception
+        normal = list(range(len(paths)))
+    else:
+        place, remedy = f"the training set of {name}", "Check the datamodule's root, category and folders"
+        samples = dataset.samples
+        paths = [str(path) for path in samples.image_path]
+        labels = samples.label_index if "label_index" in samples else [0] * len(paths)
+        normal = [index for index, label in enumerate(labels) if label != 1]
+    if not normal:
+        msg = f"There are no normal images in {place}. {remedy}."
+        raise ValueError(msg)
+    if k_shot is not None and k_shot > len(normal):
+        msg = (
+            f"k_shot={k_shot} asks for more normal images than the {len(normal)} in {place}. Give more images, or "
+            f"k_shot={len(normal)} (null for all there are)."
+        )
+        raise ValueError(msg)
+    order = torch.randperm(len(normal), generator=torch.Generator().manual_seed(torch.initial_seed()))
+    drawn = sorted(normal[index] for index in order[: k_shot or len(normal)].tolist())
+    if source is None:
+        return dataset.subsample(drawn), [paths[index] for index in drawn]
+    images = PredictDataset(source, transform=transform)
+    images.image_filenames = [images.image_filenames[index] for index in drawn]
+    return images, [paths[index] for index in drawn]

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""LAKE as a plain PyTorch module.
+
+Reference: Latent Anomaly Knowledge Excavation (arXiv 2604.07802). The paper leaves layers, distance, prompts, resolution
+and smoothing open; the choices made here are arguments, marked "ours", and measured in the README beside this file.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from anomalib.data import InferenceBatch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_spg.anomaly_map import AnomalyMapGenerator
+from anomalib_spg.backbone import Backbone, is_clip, num_blocks
+
+from .bank import NormalityBank
+from .neurons import Normalization, Selection, SensitiveNeurons
+from .text import embed_prompts, prompts, read_checkpoint, text_tower
+
+DEFAULT_BACKBONE = "vit_large_patch14_clip_quickgelu_336.openai"
+
+
+def default_layers(depth: int) -> list[int]:
+    """Structural layers by default: the blocks after 5/12 and 9/12 of the depth (ours, measured).
+
+    Args:
+        depth (int): Number of blocks of the backbone.
+
+    Returns:
+        list[int]: 0-based block indices.
+
+    Example:
+        >>> default_layers(12), default_layers(24)
+        ([4, 8], [9, 17])
+    """
+    return [round(depth * share / 12) - 1 for share in (5, 9)]
+
+
+class LAKEModel(nn.Module):
+    """Frozen backbone, sensitive neurons, normality bank and, for CLIP, two text embeddings.
+
+    In training mode a forward pass stores the patch tokens of normal images; :meth:`fit` then chooses the neurons and
+    fills the bank. In evaluation mode a forward pass returns anomaly maps and scores. Nothing is trained.
+
+    Args:
+        backbone (str): timm model name. Defaults to OpenAI's CLIP ViT-L/14@336 (paper: a CLIP model).
+        layers (Sequence[int] | None): 0-based blocks whose raw tokens give the structural deviation, negative ones from
+            the end. ``None`` is 5/12 and 9/12 of the depth (ours): blocks 9 and 17 of 24, 4 and 8 of 12.
+        semantic_layer (int): Block for the semantic activation. Defaults to -1, the last (ours; paper: a deeper one).
+        pre_trained (bool): Load the backbone's weights. Defaults to ``True``.
+        weights (str | Path | None): Local weights file used instead of the hub: an OpenCLIP checkpoint serves both
+            towers; without text a file in timm's naming will do. Defaults to ``None``.
+        image_size (tuple[int, int] | None): Height and width images are expected to have. Others work, slightly slower.
+            ``None`` is the size the weights were trained with.
+        neurons (int): Sensitive neurons per layer, K. Defaults to 100 (paper).
+        selection (str): Rule that chooses them: ``"variance"`` (paper), or a control: ``"random"``, ``"lowest"``,
+            ``"pca"``, ``"all"``. See :class:`SensitiveNeurons`.
+        normalization (str): Bring tokens to unit length ``"after"`` the selection (ours), ``"before"``, or ``"none"``.
+        bank_size (int | None): Most tokens per layer in the bank; ``None`` keeps all. Defaults to 8192 (ours).
+        text_weight (float | None): Weight of the semantic activation, in [0, 1]. ``None`` is 0.3 (paper) for CLIP and 0
+            for a backbone without text; 0 turns the text side off.
+        normal_prompts (Sequence[str] | None): Descriptions of normal images. ``None`` takes WinCLIP's (ours).
+        anomalous_prompts (Sequence[str] | None): Descriptions of anomalous ones. ``None`` takes WinCLIP's (ours).
+        temperature (float): Softmax temperature of the semantic activation. Defaults to 0.07 (ours).
+        sigma (float): Gaussian smoothing of the map in pixels; 0 for none. Defaults to 4 (ours). The score is taken
+            before smoothing.
+
+    Raises:
+        ValueError: If an argument is out of range, or text is asked of a backbone that has none.
+
+    Example:
+        >>> model = LAKEModel("vit_tiny_patch16_224", layers=[5], pre_trained=False, neurons=20)
+        >>> _ = model.train()(torch.randn(2, 3, 64, 64))
+        >>> model.fit()
+        >>> batch = model.eval()(torch.randn(3, 3, 64, 64))
+        >>> batch.anomaly_map.shape, batch.pred_score.shape
+        (torch.Size([3, 1, 64, 64]), torch.Size([3]))
+    """
+
+    def __init__(
+        self,
+        backbone: str = DEFAULT_BACKBONE,
+        layers: Sequence[int] | None = None,
+        semantic_layer: int = -1,
+        pre_trained: bool = True,
+        weights: str | Path | None = None,
+        image_size: tuple[int, int] | None = None,
+        neurons: int = 100,
+        selection: Selection = "variance",
+        normalization: Normalization = "after",
+        bank_size: int | None = 8192,
+        text_weight: float | None = None,
+        normal_prompts: Sequence[str] | None = None,
+        anomalous_prompts: Sequence[str] | None = None,
+        temperature: float = 0.07,
+        sigma: float = 4.0,
+    ) -> None:
+        super().__init__()
+        depth = num_blocks(backbone)
+        if text_weight is None:
+            text_weight = 0.3 if is_clip(backbone) else 0.0
+        if not 0 <= text_weight <= 1:
+            msg = f"text_weight={text_weight} must lie in [0, 1]; 0 turns the text side off."
+            raise ValueError(msg)
+        if text_weight > 0 and not is_clip(backbone):
+            msg = (
+                f"text_weight={text_weight} needs a CLIP backbone, and '{backbone}' has no text tower. Leave "
+                "text_weight out (it is 0 then), or choose one of timm.list_models('vit_*_clip_*')."
+            )
+            raise ValueError(msg)
+        if not temperature > 0:
+            msg = f"temperature={temperature} must be positive."
+            raise ValueError(msg)
+        layers = list(layers) if layers is not None else default_layers(depth)
+        if not layers:
+            msg = "layers=[] is empty; give at least one block, or leave it out."
+            raise ValueError(msg)
+        self.backbone = Backbone(
+            name=backbone,
+            layers=[*layers, semantic_layer] if text_weight > 0 else layers,
+            pre_trained=pre_trained,
+            weights=weights,
+            image_size=image_size,
+            norm=False,
+        )
+        self.layers: list[int] = sorted({layer % depth for layer in layers})
+        self.semantic_layer = semantic_layer % depth
+        if neurons > self.backbone.embed_dim and selection != "all":
+            msg = f"neurons={neurons} exceeds the {self.backbone.embed_dim} channels of '{backbone}'."
+            raise ValueError(msg)
+        self.text_weight = text_weight
+        self.normal_prompts = normal_prompts
+        self.anomalous_prompts = anomalous_prompts
+        if text_weight > 0:
+            prompts("object", normal_prompts, anomalous_prompts)  # a mistake in them shows now, not after the images
+        self.temperature = temperature
+        self.neurons = nn.ModuleList(SensitiveNeurons(neurons, selection, normalization) for _ in self.layers)
+        self.banks = nn.ModuleList(NormalityBank(bank_size) for _ in self.layers)
+        # Row 0 normal, row 1 anomalous.
+        self.register_buffer("text_embeddings", torch.zeros(2, self._joint_dim() if text_weight > 0 else 0))
+        self.text_embeddings: torch.Tensor
+        self.anomaly_map_generator = AnomalyMapGenerator(self.backbone.patch_size, sigma)
+        self._stored: list[list[torch.Tensor]] = [[] for _ in self.layers]
+        self._grid: tuple[int, int] = (0, 0)
+        self._checkpoint: dict[str, torch.Tensor] | None = None
+
+    def _joint_dim(self) -> int:
+        return self.backbone.vit.num_classes
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the banks are filled."""
+        return all(len(bank.tokens) > 0 for bank in self.banks)
+
+    @property
+    def num_stored(self) -> int:
+        """Normal images stored for :meth:`fit`."""
+        return sum(map(len, self._stored[0]))
+
+    def forward(self, images: torch.Tensor) -> InferenceBatch | torch.Tensor:
+        """Store the tokens of normal images (training mode) or find anomalies (evaluation mode).
+
+        Args:
+            images (torch.Tensor): Normalised images ``(B, 3, H, W)``, or grey ones ``(B, 1, H, W)``.
+
+        Returns:
+            InferenceBatch | torch.Tensor: ``pred_score`` ``(B,)`` and ``anomaly_map`` ``(B, 1, H, W)``, both in [0, 1];
+            in training mode the last structural layer's patch tokens ``(B, N, D)``.
+
+        Raises:
+            ValueError: If a normal image is blank, or of another size than those before (training mode).
+            RuntimeError: If there is no bank yet (evaluation mode).
+        """
+        if self.training:
+            return self._store(images)
+        if not torch.compiler.is_compiling() and not self.is_fitted:
+            msg = "LAKE has no normality bank yet. Train it on a few normal images first."
+            raise RuntimeError(msg)
+        tokens, grid = self.tokens(images)
+        deviation = torch.stack([
+            bank(neurons(tokens[layer]))
+            for layer, neurons, bank in zip(self.layers, self.neurons, self.banks, strict=True)
+        ]).mean(dim=0)
+        # Ordinary patches have a deviation of 1. This map keeps the order, and 1 is reached only in the infinite.
+        anomaly = deviation / (1 + deviation)
+        if self.text_weight > 0:
+            anomaly = torch.lerp(anomaly, self.semantic_activation(tokens[self.semantic_layer]), self.text_weight)
+        anomaly_map = self.anomaly_map_generator(anomaly.unflatten(1, grid), (images.shape[-2], images.shape[-1]))
+        return InferenceBatch(pred_score=anomaly.amax(dim=1), anomaly_map=anomaly_map)
+
+    def tokens(self, images: torch.Tensor) -> tuple[dict[int, torch.Tensor], tuple[int, int]]:
+        """Compute raw patch tokens.
+
+        Args:
+            images (torch.Tensor): Normalised images ``(B, 3, H, W)``.
+
+        Returns:
+            tuple[dict[int, torch.Tensor], tuple[int, int]]: Tokens ``(B, N, D)`` by block, and the patch grid.
+        """
+        tokens = self.backbone(images)
+        return dict(zip(self.backbone.layers, tokens.patches, strict=True)), tokens.grid
+
+    def semantic_activation(self, patches: torch.Tensor) -> torch.Tensor:
+        """Compute how far patches lean to the anomalous text.
+
+        Args:
+            patches (torch.Tensor): Raw tokens of the semantic layer ``(B, N, D)``.
+
+        Returns:
+            torch.Tensor: Softmax share of the anomalous text in [0, 1], ``(B, N)``.
+        """
+        similarity = F.normalize(self.backbone.embed(patches), dim=-1) @ self.text_embeddings.T
+        return torch.softmax(similarity / self.temperature, dim=-1)[..., 1]
+
+    def _store(self, images: torch.Tensor) -> torch.Tensor:
+        # A blank image is constant channel by channel.
+        spread = images.flatten(2).amax(dim=2) - images.flatten(2).amin(dim=2)
+        blank = (spread.amax(dim=1) == 0).nonzero().flatten().tolist()
+        if blank:
+            msg = f"Normal image {self.num_stored + blank[0]} (counted from 0) is blank: a single colour. Leave it out."
+            raise ValueError(msg)
+        if self.text_weight > 0 and not self.backbone.has_weights:
+            self._load_checkpoint()
+        tokens, grid = self.tokens(images)
+        if self.num_stored and grid != self._grid:
+            msg = f"Normal images must have one size: after {self._grid} patches came {grid}."
+            raise ValueError(msg)
+        self._grid = grid
+        for layer, stored in zip(self.layers, self._stored, strict=True):
+            stored.append(tokens[layer])
+        return tokens[self.layers[-1]]
+
+    def _load_checkpoint(self) -> None:
+        """Read the OpenCLIP checkpoint once: its vision part for the backbone, its text part kept for :meth:`fit`."""
+        state, source = read_checkpoint(self.backbone.name, self.backbone.weights)
+        self.backbone.load_state(state, source)
+        self._checkpoint = {key: value for key, value in state.items() if not key.startswith("visual.")}
+
+    def fit(self, class_name: str = "object") -> None:
+        """Choose the sensitive neurons and fill the banks from the stored tokens, embed the prompts, forget the tokens.
+
+        Args:
+            class_name (str): What the images show, for WinCLIP's prompts.
+
+        Raises:
+            ValueError: If nothing was stored, or the normal images do not vary.
+        """
+        if not self.num_stored:
+            msg = "LAKE has no normal images to learn from. Is the training set empty?"
+            raise ValueError(msg)
+        # Validation hooks, where Lightning may call this, run in inference mode; its tensors could not be loaded over.
+        with torch.inference_mode(mode=False), torch.no_grad():
+            generator = torch.Generator().manual_seed(torch.initial_seed())
+            if self.text_weight > 0:
+                if self._checkpoint is None:
+                    self._load_checkpoint()
+                ensembles = prompts(class_name, self.normal_prompts, self.anomalous_prompts)
+                tower = text_tower(self._checkpoint or {}, quick_gelu="quickgelu" in self.backbone.name)
+                self.text_embeddings = embed_prompts(tower, *ensembles).to(self.text_embeddings.device)
+                self._checkpoint = None
+            for layer, (neurons, bank) in enumerate(zip(self.neurons, self.banks, strict=True)):
+                tokens = torch.cat(self._stored[layer])
+                self._stored[layer] = []
+                neurons.select(tokens.flatten(0, 1), generator)
+                bank.fit(neurons(tokens), self._grid)
