@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 # Bank tokens compared at a time: large enough for the matrix product, small enough for the cache.
-CHUNK = 2048
+CHUNK = 1024
 
 
 class NormalityBank(DynamicBufferMixin, nn.Module):

@@ -117,10 +117,7 @@ class SensitiveNeurons(DynamicBufferMixin, nn.Module):
             torch.Tensor: Projected tokens ``(..., K)``.
         """
         tokens = self._normalize(tokens, "before")
-        if self.selection == "pca":
-            tokens = (tokens - self.mean) @ self.components
-        else:
-            tokens = tokens[..., self.indices]
+        tokens = (tokens - self.mean) @ self.components if self.selection == "pca" else tokens[..., self.indices]
         return self._normalize(tokens, "after")
 
     def _normalize(self, tokens: torch.Tensor, when: Normalization) -> torch.Tensor:

@@ -2,8 +2,9 @@
 
 """LAKE as a plain PyTorch module.
 
-Reference: Latent Anomaly Knowledge Excavation (arXiv 2604.07802). The paper leaves layers, distance, prompts, resolution
-and smoothing open; the choices made here are arguments, marked "ours", and measured in the README beside this file.
+Reference: Latent Anomaly Knowledge Excavation (arXiv 2604.07802). The paper leaves layers, distance, prompts,
+resolution and smoothing open; the choices made here are arguments, marked "ours", and measured in the README beside
+this file.
 """
 
 from collections.abc import Sequence

@@ -35,7 +35,7 @@ def crop(category: str, rng: np.random.Generator, size: int, upper: bool) -> np.
 
 
 def draw_defect(image: np.ndarray, defect: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one defect of 2 to 3 % of the image's side (a scratch: of half that width) and return image and mask."""
+    """Draw one defect, 8 to 30 % of the image's side long, and return image and mask."""
     size = len(image)
     y, x = (int(position) for position in rng.integers(size // 5, size - size // 5, 2))
     mask = np.zeros((size, size), dtype=bool)
@@ -50,10 +50,8 @@ def draw_defect(image: np.ndarray, defect: str, rng: np.random.Generator) -> tup
     else:
         mask[disk((y, x), size * rng.uniform(0.04, 0.08), shape=mask.shape)] = True
     strength = gaussian(mask.astype(float), 0.7)[..., None]
-    if defect == "stain":  # the texture stays, darker or brighter
-        drawn = image * 0.45 + bright * 0.55
-    else:
-        drawn = bright + rng.normal(0, 12, (size, size, 1))
+    # In a stain the texture stays, darker or brighter.
+    drawn = image * 0.45 + bright * 0.55 if defect == "stain" else bright + rng.normal(0, 12, (size, size, 1))
     return (image + strength * (drawn - image)).clip(0, 255).astype(np.uint8), mask
 
 
@@ -75,7 +73,10 @@ def make_mvtec(
         for index in range(test):
             defect = DEFECTS[index % len(DEFECTS)]
             image, mask = draw_defect(crop(category, rng, size, upper=False), defect, rng)
-            for kind, name, array in (("test", f"{index:03}.png", image), ("ground_truth", f"{index:03}_mask.png", mask)):
+            for kind, name, array in (
+                ("test", f"{index:03}.png", image),
+                ("ground_truth", f"{index:03}_mask.png", mask),
+            ):
                 path = root / category / kind / defect / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(array).save(path)

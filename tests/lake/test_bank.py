@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The normality bank: distances, their scale, the bound on its size."""
+
+import pytest
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_lake import bank as module
+from anomalib_lake.bank import NormalityBank, nearest
+
+
+@pytest.mark.parametrize("chunk", [3, 8, 100])
+def test_nearest_is_the_euclidean_distance(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against torch.cdist in double precision, however the bank is cut."""
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    tokens, bank = torch.randn(2, 5, 7), torch.randn(20, 7)
+    expected = torch.cdist(tokens.double(), bank.double()).amin(dim=-1)
+    torch.testing.assert_close(nearest(tokens, bank).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_scale_leaves_one_image_out() -> None:
+    """Worked out with loops over images and patches."""
+    tokens = torch.randn(3, 4, 5)
+    bank = NormalityBank()
+    bank.fit(tokens, (2, 2))
+    distances = []
+    for image in range(3):
+        others = [tokens[other, patch] for other in range(3) if other != image for patch in range(4)]
+        distances += [min((token - other).norm().item() for other in others) for token in tokens[image]]
+    assert bank.scale.item() == pytest.approx(sum(distances) / 12, rel=1e-4)
+    assert bank.tokens.shape == (12, 5)
+
+
+def test_one_image_leaves_its_quarters_out() -> None:
+    """A patch is compared with the other three quarters, not with its neighbours in its own."""
+    tokens = torch.randn(1, 6, 5)
+    bank = NormalityBank()
+    bank.fit(tokens, (2, 3))  # quarters: {0, 1}, {2}, {3, 4}, {5}
+    quarters = [0, 0, 1, 2, 2, 3]
+    expected = [
+        min((tokens[0, a] - tokens[0, b]).norm().item() for b in range(6) if quarters[b] != quarters[a])
+        for a in range(6)
+    ]
+    assert bank.scale.item() == pytest.approx(sum(expected) / 6, rel=1e-4)
+
+
+def test_normal_patches_deviate_by_one() -> None:
+    """Whatever the scale of the tokens: new normal images lie near 1, and a foreign one far above."""
+    for scale in (0.01, 100):
+        bank = NormalityBank()
+        bank.fit(torch.randn(8, 64, 6) * scale, (8, 8))
+        assert bank(torch.randn(4, 64, 6) * scale).mean().item() == pytest.approx(1, abs=0.15)
+        assert bank(torch.randn(4, 64, 6) * scale + 10 * scale).mean() > 5
+
+
+def test_size_is_bounded_by_a_coreset() -> None:
+    """Exactly the size asked for, tokens of the images and positions they are said to be from, and well spread."""
+    tokens = torch.randn(4, 16, 5)
+    bank = NormalityBank(size=10)
+    bank.fit(tokens, (4, 4))
+    assert bank.tokens.shape == (10, 5)
+    assert torch.equal(bank.tokens, tokens[bank.images, bank.positions])
+    spread = nearest(tokens, bank.tokens).amax()
+    drawn = [nearest(tokens, tokens.flatten(0, 1)[torch.randperm(64)[:10]]).amax() for _ in range(5)]
+    assert spread < torch.stack(drawn).mean()
+
+
+def test_enough_room_keeps_every_token_in_order() -> None:
+    """No coreset where none is needed."""
+    tokens = F.normalize(torch.randn(2, 9, 5), dim=-1)
+    bank = NormalityBank(size=18)
+    bank.fit(tokens, (3, 3))
+    assert torch.equal(bank.tokens, tokens.flatten(0, 1))
+    assert bank(tokens).amax() < 1e-2
+
+
+def test_compiled_path_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The form that is exported computes what the loop over images computes."""
+    bank = NormalityBank()
+    bank.fit(torch.randn(2, 9, 5), (3, 3))
+    queries = torch.randn(3, 9, 5)
+    expected = bank(queries)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(bank(queries), expected)
+
+
+def test_state_dict_restores_the_bank() -> None:
+    """Into an empty one."""
+    bank, restored = NormalityBank(), NormalityBank()
+    bank.fit(torch.randn(2, 9, 5), (3, 3))
+    restored.load_state_dict(bank.state_dict())
+    queries = torch.randn(1, 9, 5)
+    torch.testing.assert_close(restored(queries), bank(queries))
+
+
+def test_copies_are_refused() -> None:
+    """Identical images give no usual distance to measure by."""
+    with pytest.raises(ValueError, match="copies of each other"):
+        NormalityBank().fit(torch.randn(1, 9, 5).expand(3, -1, -1), (3, 3))
+
+
+def test_bad_size() -> None:
+    """A bank of nothing."""
+    with pytest.raises(ValueError, match="bank_size=0"):
+        NormalityBank(0)
