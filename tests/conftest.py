@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from anomalib_spg.quickstart import prepare
+from tests import textures
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -56,41 +57,9 @@ def anomalib_command() -> Callable[..., str]:
     return run
 
 
-def texture(name: str, rng: np.random.Generator, size: int = 96) -> np.ndarray:
-    """A crop of one of scikit-image's photographs of textures."""
-    import skimage.data
-
-    photo = getattr(skimage.data, name)()
-    y, x = rng.integers(0, 512 - size, 2)
-    return np.stack([photo[y : y + size, x : x + size]] * 3, axis=-1)
-
-
-def draw_defect(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A bright or dark disc, and its mask."""
-    size = len(image)
-    y, x = rng.integers(size // 4, 3 * size // 4, 2)
-    rows, columns = np.ogrid[:size, :size]
-    mask = (rows - y) ** 2 + (columns - x) ** 2 < (size // 8) ** 2
-    image = image.copy()
-    image[mask] = 255 - image[mask].mean() if rng.random() < 0.5 else rng.integers(0, 255)
-    return image, mask
-
-
 def make_mvtec(root: Path, categories: tuple[str, ...] = ("brick", "grass"), count: int = 4) -> Path:
     """A small dataset in MVTec AD's layout: real textures, drawn defects, masks."""
-    for category in categories:
-        rng = np.random.default_rng(len(category))
-        for folder in ("train/good", "test/good"):
-            (root / category / folder).mkdir(parents=True)
-            for index in range(count):
-                Image.fromarray(texture(category, rng)).save(root / category / folder / f"{index:03}.png")
-        for folder in ("test/hole", "ground_truth/hole"):
-            (root / category / folder).mkdir(parents=True)
-        for index in range(count):
-            image, mask = draw_defect(texture(category, rng), rng)
-            Image.fromarray(image).save(root / category / "test/hole" / f"{index:03}.png")
-            Image.fromarray(mask).save(root / category / "ground_truth/hole" / f"{index:03}_mask.png")
-    return root
+    return textures.make_mvtec(root, categories, train=count, test=count, size=96)
 
 
 def make_visa(root: Path, categories: tuple[str, ...] = ("gravel",), count: int = 4) -> Path:
@@ -102,8 +71,9 @@ def make_visa(root: Path, categories: tuple[str, ...] = ("gravel",), count: int 
             (base / folder).mkdir(parents=True)
         for index in range(count):
             for folder in ("train/good", "test/good"):
-                Image.fromarray(texture(category, rng)).save(base / folder / f"{index:03}.JPG")
-            image, mask = draw_defect(texture(category, rng), rng)
+                image = textures.crop(category, rng, 96, upper=folder == "train/good")
+                Image.fromarray(image).save(base / folder / f"{index:03}.JPG")
+            image, mask = textures.draw_defect(textures.crop(category, rng, 96, upper=False), "hole", rng)
             Image.fromarray(image).save(base / "test/bad" / f"{index:03}.JPG", quality=95)
             Image.fromarray(mask).save(base / "ground_truth/bad" / f"{index:03}.png")
     return root

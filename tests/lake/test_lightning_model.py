@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""LAKE in anomalib's engine, through the API, on small images and tiny backbones with random weights."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from anomalib.data import Folder, MVTecAD
+from anomalib.data.datasets.base import image as base_dataset
+from anomalib.engine import Engine
+from PIL import Image
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from anomalib_lake import LAKE
+from tests.conftest import make_mvtec
+from tests.lake.conftest import TINY, TINY_CLIP
+
+
+def build(**arguments: Any) -> LAKE:
+    """A small model with random weights."""
+    defaults = {"backbone": TINY, "pre_trained": False, "image_size": 64, "k_shot": 2, "neurons": 20}
+    torch.manual_seed(0)
+    return LAKE(**{**defaults, "visualizer": False, **arguments})
+
+
+def data(mvtec: Path, **arguments: Any) -> MVTecAD:
+    """One category of the small dataset."""
+    defaults = {"root": mvtec, "category": "brick", "num_workers": 0, "train_batch_size": 4, "eval_batch_size": 3}
+    return MVTecAD(**{**defaults, **arguments})
+
+
+def engine(folder: Path, **arguments: Any) -> Engine:
+    """An engine on the CPU that writes below a folder."""
+    return Engine(
+        default_root_dir=folder, accelerator="cpu", enable_progress_bar=False, **{"logger": False, **arguments}
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(mvtec: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[LAKE, Engine, list[dict[str, float]]]:
+    """A fitted model, its engine, and the printed metrics."""
+    model, run = build(), engine(tmp_path_factory.mktemp("trained"))
+    torch.manual_seed(0)
+    return model, run, run.train(model=model, datamodule=data(mvtec))
+
+
+def test_only_the_drawn_images_are_decoded(mvtec: Path, tmp_path: Path) -> None:
+    """Two of four; the backbone sees two; the datamodule has its training set back afterwards."""
+    model, datamodule = build(), data(mvtec)
+    passed, decoded = [], []
+    model.model.backbone.register_forward_pre_hook(lambda _, inputs: passed.append(len(inputs[0])))
+    read = base_dataset.read_image
+
+    def spy(path: str, **keywords: Any) -> Any:
+        decoded.append(str(path))
+        return read(path, **keywords)
+
+    with patch.object(base_dataset, "read_image", spy):
+        engine(tmp_path, limit_val_batches=1).fit(model=model, datamodule=datamodule)
+    assert passed[0] == 2
+    assert sorted(path for path in decoded if "/train/" in path) == sorted(model.normal_images)
+    assert len(model.normal_images) == 2
+    assert len(datamodule.train_data) == 4
+    assert model.model.banks[0].tokens.shape == (2 * 16, 20)
+
+
+def test_the_draw_follows_the_seed(mvtec: Path, tmp_path: Path) -> None:
+    """Same seed, same images and bank; other seeds, other images; None takes all."""
+
+    def drawn(seed: int, **arguments: Any) -> tuple[list[str], torch.Tensor]:
+        model = build(**arguments)
+        torch.manual_seed(seed)
+        engine(tmp_path, limit_val_batches=1).fit(model=model, datamodule=data(mvtec))
+        return model.normal_images, model.model.banks[0].tokens.sort(dim=0).values
+
+    paths, tokens = drawn(1)
+    again, same = drawn(1)
+    assert paths == again
+    torch.testing.assert_close(tokens, same)
+    assert len({tuple(drawn(seed)[0]) for seed in range(4)}) > 1
+    assert len(drawn(1, k_shot=None)[0]) == 4
+
+
+def test_printed_metrics_are_those_of_the_raw_scores(trained: tuple, mvtec: Path) -> None:
+    """scikit-learn on what the torch model returns, against what the engine printed."""
+    model, _, metrics = trained
+    datamodule = data(mvtec)
+    datamodule.setup()
+    scores, maps, labels, masks = [], [], [], []
+    for index in range(len(datamodule.test_data)):
+        batch = datamodule.test_data.collate_fn([datamodule.test_data[index]])
+        image, mask = model.pre_processor.transform(batch.image, batch.gt_mask)
+        with torch.inference_mode():
+            result = model.model.eval()(image)
+        scores.append(result.pred_score)
+        maps.append(result.anomaly_map.flatten())
+        labels.append(batch.gt_label)
+        masks.append(mask.flatten() > 0)
+    scores, labels = torch.cat(scores), torch.cat(labels)
+    assert metrics[0]["image_AUROC"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-5)
+    assert metrics[0]["image_AveragePrecision"] == pytest.approx(average_precision_score(labels, scores), abs=1e-5)
+    assert metrics[0]["pixel_AUROC"] == pytest.approx(roc_auc_score(torch.cat(masks), torch.cat(maps)), abs=1e-4)
+
+
+def test_checkpoint_stands_alone(trained: tuple, mvtec: Path, tmp_path: Path) -> None:
+    """It loads with weights_only, without hub or normal images, holds neurons and variances, gives the same maps."""
+    model, run, metrics = trained
+    checkpoint = torch.load(run.best_model_path, weights_only=True)
+    assert checkpoint["hyper_parameters"]["pre_trained"] is False
+    assert checkpoint["normal_images"] == model.normal_images
+    assert checkpoint["state_dict"]["model.neurons.0.indices"].shape == (20,)
+    assert checkpoint["state_dict"]["model.neurons.0.variances"].shape == (192,)
+    restored = LAKE.load_from_checkpoint(run.best_model_path)
+    images = torch.rand(2, 3, 90, 70)
+    torch.testing.assert_close(restored.eval()(images), model.cpu().eval()(images))
+    other = build(pre_trained=True)  # would ask the hub if its weights were ever needed
+    results = engine(tmp_path).test(other, datamodule=data(mvtec), ckpt_path=run.best_model_path)
+    assert results[0]["image_AUROC"] == pytest.approx(metrics[0]["image_AUROC"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layers": [4]}, r"layers=\[4, 8\], this model has layers=\[4\]"),
+        ({"image_size": 96}, r"image_size=\[64, 64\], this model has image_size=\[96, 96\]"),
+        ({"backbone": "vit_small_patch16_224"}, "backbone=vit_tiny_patch16_224, this model has backbone=vit_small"),
+        ({"selection": "all"}, "selection=variance, this model has selection=all"),
+    ],
+)
+def test_checkpoint_of_another_model(
+    trained: tuple, mvtec: Path, tmp_path: Path, arguments: dict, message: str
+) -> None:
+    """The message says what differs and what to do."""
+    with pytest.raises(ValueError, match=message):
+        engine(tmp_path).test(build(**arguments), datamodule=data(mvtec), ckpt_path=trained[1].best_model_path)
+
+
+def test_text_takes_the_category(mvtec: Path, tmp_path: Path, clip_file: Path) -> None:
+    """The datamodule's, unless a name is given; a folder without one is an object; the checkpoint needs no tower."""
+
+    def asked(datamodule: Any, **arguments: Any) -> tuple[str, Path]:
+        model, run = build(backbone=TINY_CLIP, weights=clip_file, pre_trained=True, **arguments), engine(tmp_path)
+        with patch.object(model.model, "fit", wraps=model.model.fit) as fit:
+            run.fit(model=model, datamodule=datamodule)
+        return fit.call_args.args[0], Path(run.best_model_path)
+
+    folder = Folder(
+        name="parts",
+        root=mvtec / "brick",
+        normal_dir="train/good",
+        abnormal_dir="test/hole",
+        num_workers=0,
+    )
+    assert asked(data(mvtec), class_name="paving stone")[0] == "paving stone"
+    assert asked(folder)[0] == "object"
+    name, checkpoint = asked(data(mvtec))
+    assert name == "brick"
+    with patch("anomalib_lake.torch_model.read_checkpoint", side_effect=AssertionError("asked for the tower")):
+        restored = LAKE.load_from_checkpoint(checkpoint).eval()
+        assert restored.model.text_embeddings.norm(dim=1).tolist() == pytest.approx([1, 1], abs=1e-5)
+        assert restored(torch.rand(1, 3, 64, 64)).pred_score.shape == (1,)
+
+
+def test_normal_images_from_a_folder(mvtec: Path, tmp_path: Path) -> None:
+    """few_shot_source takes the place of the training set; sizes and modes may differ there."""
+    source = tmp_path / "few"
+    source.mkdir()
+    for index, size in enumerate([(80, 60), (100, 100), (64, 64)]):
+        Image.effect_noise(size, 60).convert("L" if index else "RGB").save(source / f"{index}.png")
+    model = build(few_shot_source=source, k_shot=3)
+    engine(tmp_path / "run").train(model=model, datamodule=data(mvtec))
+    assert [Path(path).name for path in model.normal_images] == ["0.png", "1.png", "2.png"]
+    assert model.model.banks[0].tokens.shape[0] == 3 * 16
+
+
+def test_labelled_defects_are_never_drawn(mvtec: Path, tmp_path: Path) -> None:
+    """A training set that holds anomalous images gives its normal ones only."""
+    datamodule = data(mvtec)
+    datamodule.setup("fit")
+    samples = datamodule.train_data.samples
+    samples.loc[samples.index[:2], "label_index"] = 1
+    datamodule._is_setup = True
+    model = build()
+    engine(tmp_path, limit_val_batches=1).fit(model=model, datamodule=datamodule)
+    assert sorted(model.normal_images) == sorted(samples.image_path[2:].astype(str))
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_too_few_normal_images(count: int, mvtec: Path, tmp_path: Path) -> None:
+    """Says how many there were."""
+    source = tmp_path / "few"
+    source.mkdir()
+    for path in sorted((mvtec / "brick/train/good").iterdir())[:count]:
+        shutil.copyfile(path, source / path.name)
+    message = "no normal images in|No normal images in" if count == 0 else "k_shot=4 asks for more .* than the 3 in"
+    with pytest.raises(ValueError, match=message):
+        engine(tmp_path).fit(model=build(k_shot=4, few_shot_source=source), datamodule=data(mvtec))
+
+
+def test_fewer_in_the_training_set(mvtec: Path, tmp_path: Path) -> None:
+    """The datamodule is named."""
+    with pytest.raises(ValueError, match="k_shot=5 asks for more normal images than the 4 in the training set of MVTe"):
+        engine(tmp_path).fit(model=build(k_shot=5), datamodule=data(mvtec))
+
+
+def test_unreadable_normal_image_is_named(tmp_path: Path) -> None:
+    """A truncated file."""
+    root = make_mvtec(tmp_path / "data", categories=("brick",))
+    broken = root / "brick/train/good/002.png"
+    broken.write_bytes(broken.read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"Cannot read 1 of .*train/good/002\.png"):
+        engine(tmp_path).fit(model=build(k_shot=None), datamodule=data(root))
+
+
+def test_only_normal_images(mvtec: Path, tmp_path: Path) -> None:
+    """Good parts and nothing else: the threshold lies above them, so that new good ones pass."""
+    datamodule = Folder(
+        name="good",
+        root=mvtec / "brick",
+        normal_dir="train/good",
+        normal_test_dir="test/good",
+        val_split_mode="same_as_test",
+        num_workers=0,
+    )
+    model = build()
+    engine(tmp_path).fit(model=model, datamodule=datamodule)
+    predictions = engine(tmp_path).predict(model, data_path=mvtec / "brick/test/good")
+    assert not any(bool(prediction.pred_label) for prediction in predictions)
+    assert all(0 < float(prediction.pred_score) < 0.5 for prediction in predictions)
+
+
+@pytest.mark.parametrize("k_shot", [0, -1])
+def test_bad_shots(k_shot: int) -> None:
+    """Named, and how to say all."""
+    with pytest.raises(ValueError, match=f"k_shot={k_shot} must be at least 1"):
+        build(k_shot=k_shot)

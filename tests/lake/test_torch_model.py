@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""LAKE's formulas, recomputed by hand, and its errors."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from anomalib.data import InferenceBatch
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_lake import LAKEModel
+from anomalib_lake.text import embed_prompts, prompts, read_checkpoint, text_tower
+from tests.lake.conftest import TINY, TINY_CLIP
+
+
+def fitted(images: torch.Tensor, *names: str, **arguments: object) -> LAKEModel:
+    """A model fitted on images."""
+    model = LAKEModel(names[0] if names else TINY, **{"pre_trained": False, "neurons": 20, **arguments})
+    model.train()(images)
+    model.fit()
+    return model.eval()
+
+
+def deviation_by_hand(model: LAKEModel, normal: torch.Tensor, images: torch.Tensor, layer: int) -> torch.Tensor:
+    """Distances over the usual distance, with numpy-like steps and torch.cdist."""
+    with torch.no_grad():
+        kwargs = {"indices": [layer], "norm": False, "intermediates_only": True, "output_fmt": "NLC"}
+        train = model.backbone.vit.forward_intermediates(normal, **kwargs)[0]
+        test = model.backbone.vit.forward_intermediates(images, **kwargs)[0]
+    channels = train.flatten(0, 1).var(dim=0).topk(20).indices
+    train, test = (F.normalize(tokens[..., channels], dim=-1).double() for tokens in (train, test))
+    distance = torch.cdist(test.flatten(0, 1), train.flatten(0, 1)).amin(dim=1).view(test.shape[:2])
+    usual = torch.stack([torch.cdist(train[i], train[1 - i]).amin(dim=1).mean() for i in (0, 1)]).mean()
+    return distance / usual
+
+
+def test_structural_deviation() -> None:
+    """Two layers averaged, d / (1 + d), score the maximum over patches, map upsampled and smoothed."""
+    normal, images = torch.randn(2, 3, 64, 64), torch.randn(3, 3, 64, 64)
+    model = fitted(normal, layers=[3, 5], sigma=0)
+    deviation = sum(deviation_by_hand(model, normal, images, layer) for layer in (3, 5)) / 2
+    expected = deviation / (1 + deviation)
+    batch = model(images)
+    assert isinstance(batch, InferenceBatch)
+    torch.testing.assert_close(batch.pred_score.double(), expected.amax(dim=1), rtol=1e-4, atol=1e-4)
+    upsampled = F.interpolate(expected.view(3, 1, 4, 4), size=64, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(batch.anomaly_map.double(), upsampled, rtol=1e-4, atol=1e-4)
+
+
+def test_fusion_with_text(clip_file: Path) -> None:
+    """0.7 structural and 0.3 semantic, the latter from the last block, projected, against the two embeddings."""
+    normal, images = torch.randn(2, 3, 64, 64), torch.randn(3, 3, 64, 64)
+    model = LAKEModel(TINY_CLIP, layers=[3], weights=clip_file, neurons=20, sigma=0)
+    model.train()(normal)
+    model.fit("bottle")
+    model.eval()
+    state, _ = read_checkpoint(TINY_CLIP, clip_file)
+    text = embed_prompts(text_tower(state, quick_gelu=False), *prompts("bottle"))
+    torch.testing.assert_close(model.text_embeddings, text)
+    with torch.no_grad():
+        tokens = model.backbone.vit.forward_features(images)[:, 1:]
+    cosine = F.normalize(tokens @ state["visual.proj"], dim=-1) @ text.T
+    semantic = torch.sigmoid((cosine[..., 1] - cosine[..., 0]) / 0.07)
+    deviation = deviation_by_hand(model, normal, images, 3)
+    expected = 0.7 * deviation / (1 + deviation) + 0.3 * semantic
+    torch.testing.assert_close(model(images).pred_score.double(), expected.amax(dim=1), rtol=1e-4, atol=1e-4)
+
+
+def test_own_prompts_and_class_name_change_the_embeddings(clip_file: Path) -> None:
+    """Whatever is said reaches the tower."""
+
+    def embeddings(name: str, **arguments: object) -> torch.Tensor:
+        model = LAKEModel(TINY_CLIP, weights=clip_file, neurons=20, **arguments)
+        model.train()(torch.randn(2, 3, 32, 32))
+        model.fit(name)
+        return model.text_embeddings
+
+    nut = embeddings("nut")
+    assert not torch.allclose(nut, embeddings("bottle"), atol=1e-3)
+    own = {"normal_prompts": ["fine"], "anomalous_prompts": ["broken"]}
+    torch.testing.assert_close(embeddings("nut", **own), embeddings("bottle", **own))
+
+
+def test_without_text_there_is_one_tower_that_stops_early(clip_file: Path) -> None:
+    """text_weight=0 needs no text tower and does not run the deep blocks; a timm file then suffices."""
+    model = LAKEModel(TINY_CLIP, layers=[3], text_weight=0, pre_trained=False, neurons=20)
+    assert model.backbone.layers == [3]
+    assert model.text_embeddings.numel() == 0
+    ran = []
+    model.backbone.vit.blocks[4].register_forward_hook(lambda *_: ran.append(4))
+    model.train()(torch.randn(2, 3, 32, 32))
+    model.fit()
+    model.eval()(torch.randn(1, 3, 32, 32))
+    assert not ran
+    both = LAKEModel(TINY_CLIP, layers=[3], text_weight=0, weights=clip_file, neurons=20)
+    both.train()(torch.randn(2, 3, 32, 32))
+    assert both.backbone.has_weights
+
+
+def test_text_tower_is_not_kept(clip_file: Path) -> None:
+    """After fitting there are two vectors, and no parameter or buffer of the text tower."""
+    model = LAKEModel(TINY_CLIP, weights=clip_file, neurons=20)
+    model.train()(torch.randn(2, 3, 32, 32))
+    model.fit()
+    assert model._checkpoint is None
+    assert not any("token_embedding" in key for key in model.state_dict())
+    assert not any(49408 in value.shape for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_scores_stay_inside_and_do_not_saturate(value: float) -> None:
+    """Far-off images get scores below 1, and farther is never lower."""
+    model = fitted(torch.randn(2, 3, 64, 64), layers=[2])
+    scores = model(torch.full((1, 3, 64, 64), value) * 50 + torch.randn(1, 3, 64, 64)).pred_score
+    assert (scores < 1).all()
+    assert (scores > 0).all()
+
+
+def test_score_is_taken_before_smoothing() -> None:
+    """Smoothing changes the map, not the score."""
+    normal, images = torch.randn(2, 3, 64, 64), torch.randn(2, 3, 64, 64)
+    sharp = fitted(normal, layers=[2], sigma=0)
+    smooth = LAKEModel(TINY, pre_trained=False, neurons=20, layers=[2], sigma=8)
+    smooth.load_state_dict({**smooth.state_dict(), **sharp.state_dict()})
+    smooth.eval()
+    torch.testing.assert_close(smooth(images).pred_score, sharp(images).pred_score)
+    assert smooth(images).anomaly_map.std() < sharp(images).anomaly_map.std()
+
+
+def test_random_selection_follows_the_seed() -> None:
+    """The seed of the process, not the generator's state."""
+    images = torch.randn(2, 3, 64, 64)
+
+    def chosen(seed: int, waste: int) -> list[int]:
+        torch.manual_seed(seed)
+        torch.randn(waste)
+        return fitted(images, layers=[2], selection="random").neurons[0].indices.tolist()
+
+    assert chosen(5, 0) == chosen(5, 100)
+    assert chosen(5, 0) != chosen(6, 0)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (70, 90)])
+def test_any_size(size: tuple[int, int]) -> None:
+    """Rectangles, and sides that are no multiple of the patch; grey images too."""
+    model = fitted(torch.randn(2, 3, *size), layers=[2])
+    assert model(torch.randn(1, 1, *size)).anomaly_map.shape == (1, 1, *size)
+
+
+def test_one_normal_image_works() -> None:
+    """No other image to leave out."""
+    model = fitted(torch.randn(1, 3, 64, 64), layers=[2])
+    assert 0 < model(torch.randn(1, 3, 64, 64)).pred_score < 1
+
+
+def test_blank_normal_image() -> None:
+    """A single colour is named by its number, and nothing is stored."""
+    images = torch.randn(3, 3, 32, 32)
+    images[1] = torch.tensor([0.1, 0.2, 0.3])[:, None, None]
+    model = LAKEModel(TINY, pre_trained=False, neurons=20).train()
+    with pytest.raises(ValueError, match="Normal image 1 .* is blank"):
+        model(images)
+    assert model.num_stored == 0
+
+
+def test_sizes_that_differ() -> None:
+    """Normal images of two sizes cannot share a bank."""
+    model = LAKEModel(TINY, pre_trained=False, neurons=20).train()
+    model(torch.randn(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="must have one size"):
+        model(torch.randn(1, 3, 64, 32))
+
+
+def test_order_of_steps() -> None:
+    """Fitting without images and predicting without a bank say what is missing."""
+    model = LAKEModel(TINY, pre_trained=False)
+    with pytest.raises(ValueError, match="no normal images"):
+        model.fit()
+    with pytest.raises(RuntimeError, match="no normality bank yet"):
+        model.eval()(torch.randn(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"neurons": 193}, "neurons=193 exceeds the 192 channels"),
+        ({"layers": [12]}, r"blocks 0 to 11.*\[12\]"),
+        ({"layers": []}, "layers=.. is empty"),
+        ({"text_weight": 0.3}, "needs a CLIP backbone, and 'vit_tiny_patch16_224' has no text tower"),
+        ({"text_weight": 1.5}, r"text_weight=1\.5 must lie in \[0, 1\]"),
+        ({"temperature": 0}, "temperature=0 must be positive"),
+        ({"bank_size": 0}, "bank_size=0"),
+        ({"backbone": TINY_CLIP, "normal_prompts": []}, "normal_prompts"),
+    ],
+)
+def test_bad_arguments(arguments: dict, message: str) -> None:
+    """Named before anything is computed."""
+    with pytest.raises(ValueError, match=message):
+        LAKEModel(**{"backbone": TINY, "pre_trained": False, **arguments})
+
+
+def test_defaults() -> None:
+    """Text goes by itself with CLIP and without it elsewhere; layers by depth."""
+    assert LAKEModel(TINY_CLIP).text_weight == pytest.approx(0.3)
+    assert LAKEModel(TINY).text_weight == 0
+    assert LAKEModel(TINY).layers == [4, 8]
+    large = LAKEModel()
+    assert large.layers == [9, 17]
+    assert large.semantic_layer == 23
+    assert (large.backbone.name, large.text_weight) == ("vit_large_patch14_clip_quickgelu_336.openai", 0.3)
