@@ -51,47 +51,64 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
         self.positions: torch.Tensor
         self.scale: torch.Tensor
 
-    def fit(self, tokens: torch.Tensor, grid: tuple[int, int]) -> None:
+    def fit(self, tokens: torch.Tensor, grid: tuple[int, int], stride: int = 1) -> None:
         """Fill the bank.
 
         Args:
             tokens (torch.Tensor): Projected patch tokens of the normal images ``(I, N, K)``.
             grid (tuple[int, int]): Rows and columns of patches, ``N = rows * columns``.
+            stride (int): Keep the tokens of every so many rows and columns only.
 
         Raises:
             ValueError: If every normal patch has an exact copy in another image, so that no distance is usual.
         """
         images, patches = tokens.shape[:2]
-        self.scale = self._usual_distance(tokens, grid)
-        if not self.scale > 1e-6:
+        numbers = torch.arange(patches, device=tokens.device)
+        on_rows, on_columns = numbers // grid[1] % stride == 0, numbers % grid[1] % stride == 0
+        kept = numbers[on_rows & on_columns]
+        self.scale = self._usual_distance(tokens, tokens[:, kept], grid, numbers, kept)
+        if not self.scale > 2e-3 * tokens.norm(dim=-1).mean():  # what rounding alone gives
             msg = "The normal images are copies of each other, or blank. Give images that differ."
             raise ValueError(msg)
-        self.tokens = tokens.flatten(0, 1).contiguous()
-        self.images = torch.arange(images, device=tokens.device).repeat_interleave(patches)
-        self.positions = torch.arange(patches, device=tokens.device).repeat(images)
+        self.tokens = tokens[:, kept].flatten(0, 1).contiguous()
+        self.images = torch.arange(images, device=tokens.device).repeat_interleave(len(kept))
+        self.positions = kept.repeat(images)
         if self.size is not None and self.size < len(self.tokens):
             # Half a token more: the sampler rounds the product down.
             sampler = KCenterGreedy(self.tokens, sampling_ratio=(self.size + 0.5) / len(self.tokens))
-            kept = torch.tensor(sampler.select_coreset_idxs(), device=tokens.device)
-            self.tokens, self.images, self.positions = self.tokens[kept], self.images[kept], self.positions[kept]
+            coreset = torch.tensor(sampler.select_coreset_idxs(), device=tokens.device)
+            self.tokens, self.images, self.positions = (
+                values[coreset] for values in (self.tokens, self.images, self.positions)
+            )
 
     @staticmethod
-    def _usual_distance(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Mean distance of a patch to its nearest one in the other images; with one image, in its other quarters.
+    def _usual_distance(
+        tokens: torch.Tensor,
+        candidates: torch.Tensor,
+        grid: tuple[int, int],
+        numbers: torch.Tensor,
+        candidate_numbers: torch.Tensor,
+    ) -> torch.Tensor:
+        """Mean distance of a patch to its nearest candidate in the other images; with one image, in its other quarters.
 
         At most 8 images are asked, spread over all: the mean over thousands of patches hardly moves with more.
         """
-        if len(tokens) == 1:
-            rows, columns = (torch.arange(side, device=tokens.device) * 2 // side for side in grid)
-            quarter = (rows[:, None] * 2 + columns).flatten()
-            parts = [tokens[0, quarter == number] for number in quarter.unique()]
-            asked = range(len(parts))
+        images = len(tokens)
+        if images > 1:
+            asked = sorted({round(number) for number in torch.linspace(0, images - 1, 8).tolist()})
+            others = [[other for other in range(images) if other != index] for index in asked]
+            pairs = [
+                (tokens[index], candidates[other].flatten(0, 1)) for index, other in zip(asked, others, strict=True)
+            ]
         else:
-            parts = list(tokens)
-            asked = sorted({round(number) for number in torch.linspace(0, len(parts) - 1, 8).tolist()})
-        distances = [
-            nearest(parts[index], torch.cat([*parts[:index], *parts[index + 1 :]])) for index in asked if len(parts) > 1
-        ]
+
+            def quarter(patch: torch.Tensor) -> torch.Tensor:
+                rows, columns = patch // grid[1], patch % grid[1]
+                return rows * 2 // grid[0] * 2 + columns * 2 // grid[1]
+
+            own, theirs = quarter(numbers), quarter(candidate_numbers)
+            pairs = [(tokens[0, own == part], candidates[0, theirs != part]) for part in own.unique()]
+        distances = [nearest(queries, bank) for queries, bank in pairs if len(bank)]
         return torch.cat(distances).mean() if distances else torch.zeros_like(tokens[0, 0, 0])
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:

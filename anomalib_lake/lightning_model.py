@@ -44,7 +44,9 @@ class LAKE(MemoryBankMixin, AnomalibModule):
     Args:
         backbone (str): timm model name. Defaults to OpenAI's CLIP ViT-L/14@336 (paper: a CLIP model).
         layers (Sequence[int] | None): 0-based blocks whose raw tokens give the structural deviation, negative ones from
-            the end. ``None`` is 5/12 and 9/12 of the depth (ours): blocks 9 and 17 of 24, 4 and 8 of 12.
+            the end. ``None`` is 5/12 and 8/12 of the depth (ours): blocks 9 and 15 of 24, 4 and 7 of 12.
+        scales (Sequence[int]): Windows, in patches a side, over which tokens are averaged before they are compared; a
+            defect need stand out at one of them only. Odd numbers. Defaults to ``(1, 3)`` (ours).
         semantic_layer (int): Block for the semantic activation. Defaults to -1, the last (ours; paper: a deeper one).
         pre_trained (bool): Load the backbone's weights. Defaults to ``True``.
         weights (str | Path | None): Local weights file used instead of the hub: an OpenCLIP checkpoint serves both
@@ -57,7 +59,8 @@ class LAKE(MemoryBankMixin, AnomalibModule):
             a control.
         normalization (Literal["after", "before", "none"]): Bring tokens to unit length after the selection (ours),
             before it, or not at all.
-        bank_size (int | None): Most tokens per layer in the bank; ``None`` keeps all. Defaults to 8192 (ours).
+        bank_size (int | None): Most tokens per layer and scale in the bank; ``None`` keeps all. Defaults to 8192
+            (ours).
         text_weight (float | None): Weight of the semantic activation, in [0, 1]. ``None`` is 0.3 (paper) for CLIP and 0
             for a backbone without text; 0 turns the text side off.
         class_name (str | None): What the images show, for the prompts. ``None`` is the datamodule's category, else
@@ -83,13 +86,14 @@ class LAKE(MemoryBankMixin, AnomalibModule):
         >>> from anomalib_lake import LAKE
         >>> model = LAKE(backbone="vit_tiny_patch16_224", pre_trained=False, image_size=224)
         >>> model.model.layers, model.model.text_weight
-        ([4, 8], 0.0)
+        ([4, 7], 0.0)
     """
 
     def __init__(
         self,
         backbone: str = DEFAULT_BACKBONE,
         layers: Sequence[int] | None = None,
+        scales: Sequence[int] = (1, 3),
         semantic_layer: int = -1,
         pre_trained: bool = True,
         weights: str | Path | None = None,
@@ -130,6 +134,7 @@ class LAKE(MemoryBankMixin, AnomalibModule):
         self.model: LAKEModel = LAKEModel(
             backbone=backbone,
             layers=layers,
+            scales=scales,
             semantic_layer=semantic_layer,
             pre_trained=pre_trained,
             weights=weights,
@@ -243,12 +248,13 @@ class LAKE(MemoryBankMixin, AnomalibModule):
         """Choose the sensitive neurons and fill the banks from the stored tokens."""
         name = self.class_name or getattr(getattr(self.trainer, "datamodule", None), "category", None) or "object"
         self.model.fit(str(name))
-        banks = [len(bank.tokens) for bank in self.model.banks]
+        banks = self.model.banks[0]
         logger.info(
-            "Normality bank: %s tokens of %d channels in blocks %s.",
-            " and ".join(map(str, banks)),
-            self.model.banks[0].tokens.shape[1],
+            "Normality bank: %s tokens of %d channels in each of the blocks %s, at scales %s.",
+            " and ".join(str(len(bank.tokens)) for bank in banks),
+            banks[0].tokens.shape[1],
             self.model.layers,
+            self.model.scales,
         )
 
     def validation_step(self, batch: Batch, *args, **kwargs) -> STEP_OUTPUT:
@@ -298,6 +304,7 @@ class LAKE(MemoryBankMixin, AnomalibModule):
         return {
             "backbone": model.backbone.name,
             "layers": model.layers,
+            "scales": model.scales,
             "image_size": list(model.backbone.image_size),
             "neurons": model.neurons[0].count,
             "selection": model.neurons[0].selection,

@@ -26,7 +26,7 @@ DEFAULT_BACKBONE = "vit_large_patch14_clip_quickgelu_336.openai"
 
 
 def default_layers(depth: int) -> list[int]:
-    """Structural layers by default: the blocks after 5/12 and 9/12 of the depth (ours, measured).
+    """Structural layers by default: the blocks after 5/12 and 8/12 of the depth (ours, measured).
 
     Args:
         depth (int): Number of blocks of the backbone.
@@ -36,9 +36,31 @@ def default_layers(depth: int) -> list[int]:
 
     Example:
         >>> default_layers(12), default_layers(24)
-        ([4, 8], [9, 17])
+        ([4, 7], [9, 15])
     """
-    return [round(depth * share / 12) - 1 for share in (5, 9)]
+    return [round(depth * share / 12) - 1 for share in (5, 8)]
+
+
+def average_neighbors(tokens: torch.Tensor, grid: tuple[int, int], scale: int) -> torch.Tensor:
+    """Average each patch token with its neighbours.
+
+    Args:
+        tokens (torch.Tensor): Patch tokens ``(B, N, D)``.
+        grid (tuple[int, int]): Rows and columns of patches.
+        scale (int): Side of the window in patches, odd; 1 leaves the tokens as they are.
+
+    Returns:
+        torch.Tensor: Averaged tokens ``(B, N, D)``; windows are cut at the image's edge.
+
+    Example:
+        >>> average_neighbors(torch.tensor([[[0.0], [3.0], [6.0]]]), grid=(1, 3), scale=3).flatten().tolist()
+        [1.5, 3.0, 4.5]
+    """
+    if scale == 1:
+        return tokens
+    maps = tokens.transpose(1, 2).unflatten(2, grid)
+    maps = F.avg_pool2d(maps, scale, stride=1, padding=scale // 2, count_include_pad=False)
+    return maps.flatten(2).transpose(1, 2)
 
 
 class LAKEModel(nn.Module):
@@ -50,7 +72,9 @@ class LAKEModel(nn.Module):
     Args:
         backbone (str): timm model name. Defaults to OpenAI's CLIP ViT-L/14@336 (paper: a CLIP model).
         layers (Sequence[int] | None): 0-based blocks whose raw tokens give the structural deviation, negative ones from
-            the end. ``None`` is 5/12 and 9/12 of the depth (ours): blocks 9 and 17 of 24, 4 and 8 of 12.
+            the end. ``None`` is 5/12 and 8/12 of the depth (ours): blocks 9 and 15 of 24, 4 and 7 of 12.
+        scales (Sequence[int]): Windows, in patches a side, over which tokens are averaged before they are compared; a
+            defect need stand out at one of them only. Odd numbers. Defaults to ``(1, 3)`` (ours).
         semantic_layer (int): Block for the semantic activation. Defaults to -1, the last (ours; paper: a deeper one).
         pre_trained (bool): Load the backbone's weights. Defaults to ``True``.
         weights (str | Path | None): Local weights file used instead of the hub: an OpenCLIP checkpoint serves both
@@ -61,7 +85,8 @@ class LAKEModel(nn.Module):
         selection (str): Rule that chooses them: ``"variance"`` (paper), or a control: ``"random"``, ``"lowest"``,
             ``"pca"``, ``"all"``. See :class:`SensitiveNeurons`.
         normalization (str): Bring tokens to unit length ``"after"`` the selection (ours), ``"before"``, or ``"none"``.
-        bank_size (int | None): Most tokens per layer in the bank; ``None`` keeps all. Defaults to 8192 (ours).
+        bank_size (int | None): Most tokens per layer and scale in the bank; ``None`` keeps all. Defaults to 8192
+            (ours).
         text_weight (float | None): Weight of the semantic activation, in [0, 1]. ``None`` is 0.3 (paper) for CLIP and 0
             for a backbone without text; 0 turns the text side off.
         normal_prompts (Sequence[str] | None): Descriptions of normal images. ``None`` takes WinCLIP's (ours).
@@ -86,6 +111,7 @@ class LAKEModel(nn.Module):
         self,
         backbone: str = DEFAULT_BACKBONE,
         layers: Sequence[int] | None = None,
+        scales: Sequence[int] = (1, 3),
         semantic_layer: int = -1,
         pre_trained: bool = True,
         weights: str | Path | None = None,
@@ -120,6 +146,9 @@ class LAKEModel(nn.Module):
         if not layers:
             msg = "layers=[] is empty; give at least one block, or leave it out."
             raise ValueError(msg)
+        if not scales or any(scale < 1 or scale % 2 == 0 for scale in scales):
+            msg = f"scales={list(scales)} must be odd positive numbers, at least one; 1 compares single patches."
+            raise ValueError(msg)
         self.backbone = Backbone(
             name=backbone,
             layers=[*layers, semantic_layer] if text_weight > 0 else layers,
@@ -129,6 +158,7 @@ class LAKEModel(nn.Module):
             norm=False,
         )
         self.layers: list[int] = sorted({layer % depth for layer in layers})
+        self.scales: list[int] = sorted(set(scales))
         self.semantic_layer = semantic_layer % depth
         if neurons > self.backbone.embed_dim and selection != "all":
             msg = f"neurons={neurons} exceeds the {self.backbone.embed_dim} channels of '{backbone}'."
@@ -140,7 +170,8 @@ class LAKEModel(nn.Module):
             prompts("object", normal_prompts, anomalous_prompts)  # a mistake in them shows now, not after the images
         self.temperature = temperature
         self.neurons = nn.ModuleList(SensitiveNeurons(neurons, selection, normalization) for _ in self.layers)
-        self.banks = nn.ModuleList(NormalityBank(bank_size) for _ in self.layers)
+        # One per layer and scale.
+        self.banks = nn.ModuleList(nn.ModuleList(NormalityBank(bank_size) for _ in self.scales) for _ in self.layers)
         # Row 0 normal, row 1 anomalous.
         self.register_buffer("text_embeddings", torch.zeros(2, self._joint_dim() if text_weight > 0 else 0))
         self.text_embeddings: torch.Tensor
@@ -155,7 +186,7 @@ class LAKEModel(nn.Module):
     @property
     def is_fitted(self) -> bool:
         """Whether the banks are filled."""
-        return all(len(bank.tokens) > 0 for bank in self.banks)
+        return all(len(bank.tokens) > 0 for banks in self.banks for bank in banks)
 
     @property
     def num_stored(self) -> int:
@@ -182,10 +213,7 @@ class LAKEModel(nn.Module):
             msg = "LAKE has no normality bank yet. Train it on a few normal images first."
             raise RuntimeError(msg)
         tokens, grid = self.tokens(images)
-        deviation = torch.stack([
-            bank(neurons(tokens[layer]))
-            for layer, neurons, bank in zip(self.layers, self.neurons, self.banks, strict=True)
-        ]).mean(dim=0)
+        deviation = self.structural_deviation(tokens, grid)
         # Ordinary patches have a deviation of 1. This map keeps the order, and 1 is reached only in the infinite.
         anomaly = deviation / (1 + deviation)
         if self.text_weight > 0:
@@ -204,6 +232,25 @@ class LAKEModel(nn.Module):
         """
         tokens = self.backbone(images)
         return dict(zip(self.backbone.layers, tokens.patches, strict=True)), tokens.grid
+
+    def structural_deviation(self, tokens: dict[int, torch.Tensor], grid: tuple[int, int]) -> torch.Tensor:
+        """Compute how far patches deviate from the normality bank.
+
+        Args:
+            tokens (dict[int, torch.Tensor]): Raw tokens ``(B, N, D)`` by block.
+            grid (tuple[int, int]): Rows and columns of patches.
+
+        Returns:
+            torch.Tensor: Distance over the usual one, averaged over layers, the largest over scales, ``(B, N)``.
+        """
+        by_scale = [
+            torch.stack([
+                banks[number](neurons(average_neighbors(tokens[layer], grid, scale)))
+                for layer, neurons, banks in zip(self.layers, self.neurons, self.banks, strict=True)
+            ]).mean(dim=0)
+            for number, scale in enumerate(self.scales)
+        ]
+        return torch.stack(by_scale).amax(dim=0)
 
     def semantic_activation(self, patches: torch.Tensor) -> torch.Tensor:
         """Compute how far patches lean to the anomalous text.
@@ -263,8 +310,11 @@ class LAKEModel(nn.Module):
                 tower = text_tower(self._checkpoint or {}, quick_gelu="quickgelu" in self.backbone.name)
                 self.text_embeddings = embed_prompts(tower, *ensembles).to(self.text_embeddings.device)
                 self._checkpoint = None
-            for layer, (neurons, bank) in enumerate(zip(self.neurons, self.banks, strict=True)):
+            for layer, (neurons, banks) in enumerate(zip(self.neurons, self.banks, strict=True)):
                 tokens = torch.cat(self._stored[layer])
                 self._stored[layer] = []
                 neurons.select(tokens.flatten(0, 1), generator)
-                bank.fit(neurons(tokens), self._grid)
+                for scale, bank in zip(self.scales, banks, strict=True):
+                    averaged = neurons(average_neighbors(tokens, self._grid, scale))
+                    # Windows that overlap by half or more are nearly the same.
+                    bank.fit(averaged, self._grid, stride=scale // 2 + 1)

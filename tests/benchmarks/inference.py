@@ -42,10 +42,11 @@ def spg() -> nn.Module:
 def lake(shots: int) -> nn.Module:
     """LAKE with its defaults and a bank of so many images, cut to the default size."""
     model = LAKEModel(BACKBONE, pre_trained=False, image_size=SIZE)
-    for neurons, bank in zip(model.neurons, model.banks, strict=True):
+    for neurons, banks in zip(model.neurons, model.banks, strict=True):
         neurons.indices = torch.arange(100)
-        size = min(shots * PATCHES, bank.size)
-        bank.tokens = nn.functional.normalize(torch.randn(size, 100), dim=1)
+        for patches, bank in zip((PATCHES, PATCHES // 4), banks, strict=True):
+            size = min(shots * patches, bank.size)
+            bank.tokens = nn.functional.normalize(torch.randn(size, 100), dim=1)
     return model
 
 
@@ -60,7 +61,7 @@ def anomaly_dino(shots: int) -> nn.Module:
 
 def patchcore(shots: int) -> nn.Module:
     """anomalib's PatchCore on LAKE's layers with a 10 % coreset of so many images."""
-    model = PatchcoreModel(["blocks.4", "blocks.8"], BACKBONE, pre_trained=False)
+    model = PatchcoreModel(["blocks.4", "blocks.7"], BACKBONE, pre_trained=False)
     model.memory_bank = torch.randn(shots * PATCHES // 10, 768)
     return model
 
@@ -80,12 +81,12 @@ def main() -> None:
     # name: (model, block its backbone stops at)
     builders: dict[str, tuple[Callable[[], nn.Module], int]] = {
         "SPG": (spg, 6),
-        **{f"LAKE, {shots} shots": (lambda n=shots: lake(n), 8) for shots in (1, 4, 16)},
+        **{f"LAKE, {shots} shots": (lambda n=shots: lake(n), 7) for shots in (1, 4, 16)},
         **{f"AnomalyDINO, {shots} shots": (lambda n=shots: anomaly_dino(n), 11) for shots in (4, 16)},
         **{f"PatchCore, {shots} shots": (lambda n=shots: patchcore(n), 11) for shots in (4, 16)},
     }
     models = {name: build().to(device).eval() for name, (build, _) in builders.items()}
-    backbones = {block: bare(block).to(device) for block in (6, 8, 11)}
+    backbones = {block: bare(block).to(device) for block in (6, 7, 11)}
 
     def seconds(model: nn.Module, images: torch.Tensor) -> float:
         start = time.perf_counter()

@@ -65,7 +65,7 @@ def test_only_the_drawn_images_are_decoded(mvtec: Path, tmp_path: Path) -> None:
     assert sorted(path for path in decoded if "/train/" in path) == sorted(model.normal_images)
     assert len(model.normal_images) == 2
     assert len(datamodule.train_data) == 4
-    assert model.model.banks[0].tokens.shape == (2 * 16, 20)
+    assert model.model.banks[0][0].tokens.shape == (2 * 16, 20)
 
 
 def test_the_draw_follows_the_seed(mvtec: Path, tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_the_draw_follows_the_seed(mvtec: Path, tmp_path: Path) -> None:
         model = build(**arguments)
         torch.manual_seed(seed)
         engine(tmp_path, limit_val_batches=1).fit(model=model, datamodule=data(mvtec))
-        return model.normal_images, model.model.banks[0].tokens.sort(dim=0).values
+        return model.normal_images, model.model.banks[0][0].tokens.sort(dim=0).values
 
     paths, tokens = drawn(1)
     again, same = drawn(1)
@@ -125,7 +125,7 @@ def test_checkpoint_stands_alone(trained: tuple, mvtec: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"layers": [4]}, r"layers=\[4, 8\], this model has layers=\[4\]"),
+        ({"layers": [4]}, r"layers=\[4, 7\], this model has layers=\[4\]"),
         ({"image_size": 96}, r"image_size=\[64, 64\], this model has image_size=\[96, 96\]"),
         ({"backbone": "vit_small_patch16_224"}, "backbone=vit_tiny_patch16_224, this model has backbone=vit_small"),
         ({"selection": "all"}, "selection=variance, this model has selection=all"),
@@ -174,7 +174,7 @@ def test_normal_images_from_a_folder(mvtec: Path, tmp_path: Path) -> None:
     model = build(few_shot_source=source, k_shot=3)
     engine(tmp_path / "run").train(model=model, datamodule=data(mvtec))
     assert [Path(path).name for path in model.normal_images] == ["0.png", "1.png", "2.png"]
-    assert model.model.banks[0].tokens.shape[0] == 3 * 16
+    assert model.model.banks[0][0].tokens.shape[0] == 3 * 16
 
 
 def test_labelled_defects_are_never_drawn(mvtec: Path, tmp_path: Path) -> None:

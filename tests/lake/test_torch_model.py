@@ -38,7 +38,7 @@ def deviation_by_hand(model: LAKEModel, normal: torch.Tensor, images: torch.Tens
 def test_structural_deviation() -> None:
     """Two layers averaged, d / (1 + d), score the maximum over patches, map upsampled and smoothed."""
     normal, images = torch.randn(2, 3, 64, 64), torch.randn(3, 3, 64, 64)
-    model = fitted(normal, layers=[3, 5], sigma=0)
+    model = fitted(normal, layers=[3, 5], scales=[1], sigma=0)
     deviation = sum(deviation_by_hand(model, normal, images, layer) for layer in (3, 5)) / 2
     expected = deviation / (1 + deviation)
     batch = model(images)
@@ -48,10 +48,36 @@ def test_structural_deviation() -> None:
     torch.testing.assert_close(batch.anomaly_map.double(), upsampled, rtol=1e-4, atol=1e-4)
 
 
+def test_scales() -> None:
+    """Windows of 3 by 3 patches, compared with every second window; the larger deviation of the scales counts."""
+    normal, images = torch.randn(2, 3, 80, 64), torch.randn(2, 3, 80, 64)
+    model = fitted(normal, layers=[3], scales=[1, 3])
+    with torch.no_grad():
+        train, test = model.tokens(normal)[0][3], model.tokens(images)[0][3]
+
+    def windows(tokens: torch.Tensor) -> torch.Tensor:
+        tokens = tokens[..., model.neurons[0].indices].view(2, 5, 4, 20)
+        rows = []
+        for row in range(5):
+            for column in range(4):
+                window = tokens[:, max(0, row - 1) : row + 2, max(0, column - 1) : column + 2]
+                rows.append(F.normalize(window.mean(dim=(1, 2)), dim=-1))
+        return torch.stack(rows, dim=1).double()
+
+    kept = [row * 4 + column for row in (0, 2, 4) for column in (0, 2)]
+    queries, bank = windows(test), windows(train)[:, kept]
+    usual = torch.cat([torch.cdist(windows(train)[i], bank[1 - i]).amin(dim=1) for i in (0, 1)]).mean()
+    coarse = torch.cdist(queries.flatten(0, 1), bank.flatten(0, 1)).amin(dim=1).view(2, 20) / usual
+    deviation = torch.maximum(coarse, deviation_by_hand(model, normal, images, 3))
+    expected = (deviation / (1 + deviation)).amax(dim=1)
+    torch.testing.assert_close(model(images).pred_score.double(), expected, rtol=1e-4, atol=1e-4)
+    assert model.banks[0][1].positions.tolist() == kept * 2
+
+
 def test_fusion_with_text(clip_file: Path) -> None:
     """0.7 structural and 0.3 semantic, the latter from the last block, projected, against the two embeddings."""
     normal, images = torch.randn(2, 3, 64, 64), torch.randn(3, 3, 64, 64)
-    model = LAKEModel(TINY_CLIP, layers=[3], weights=clip_file, neurons=20, sigma=0)
+    model = LAKEModel(TINY_CLIP, layers=[3], scales=[1], weights=clip_file, neurons=20, sigma=0)
     model.train()(normal)
     model.fit("bottle")
     model.eval()
@@ -189,6 +215,8 @@ def test_order_of_steps() -> None:
         ({"layers": []}, "layers=.. is empty"),
         ({"text_weight": 0.3}, "needs a CLIP backbone, and 'vit_tiny_patch16_224' has no text tower"),
         ({"text_weight": 1.5}, r"text_weight=1\.5 must lie in \[0, 1\]"),
+        ({"scales": []}, r"scales=\[\] must be odd"),
+        ({"scales": [1, 2]}, r"scales=\[1, 2\] must be odd"),
         ({"temperature": 0}, "temperature=0 must be positive"),
         ({"bank_size": 0}, "bank_size=0"),
         ({"backbone": TINY_CLIP, "normal_prompts": []}, "normal_prompts"),
@@ -204,8 +232,8 @@ def test_defaults() -> None:
     """Text goes by itself with CLIP and without it elsewhere; layers by depth."""
     assert LAKEModel(TINY_CLIP).text_weight == pytest.approx(0.3)
     assert LAKEModel(TINY).text_weight == 0
-    assert LAKEModel(TINY).layers == [4, 8]
+    assert LAKEModel(TINY).layers == [4, 7]
     large = LAKEModel()
-    assert large.layers == [9, 17]
+    assert large.layers == [9, 15]
     assert large.semantic_layer == 23
     assert (large.backbone.name, large.text_weight) == ("vit_large_patch14_clip_quickgelu_336.openai", 0.3)

@@ -17,7 +17,10 @@ arguments = {"backbone": "vit_tiny_patch16_224", "pre_trained": False}
 assert type(get_model("spg", **arguments)).__name__ == "SPG"
 assert type(get_model({"class_path": "SPG", "init_args": arguments})).__name__ == "SPG"
 assert type(get_model({"class_path": "anomalib_spg.SPG", "init_args": arguments})).__name__ == "SPG"
-assert "SPG" in list_models("pascal") and "s_p_g" in list_models()
+assert type(get_model("lake", **arguments)).__name__ == "LAKE"
+assert type(get_model({"class_path": "LAKE", "init_args": arguments})).__name__ == "LAKE"
+assert type(get_model({"class_path": "anomalib_lake.LAKE", "init_args": arguments})).__name__ == "LAKE"
+assert {"SPG", "LAKE"} <= set(list_models("pascal")) and {"s_p_g", "l_a_k_e"} <= set(list_models())
 assert type(anomalib.models).__name__ == "module"
 """
 
@@ -48,6 +51,9 @@ def fake_distribution(folder: Path, name: str, entry_points: str, code: str) -> 
         "from anomalib_spg.lightning_model import SPG",
         "from anomalib_spg.torch_model import SPGModel",
         "from anomalib_spg.datamodule import AuxiliaryTarget",
+        "from anomalib_lake import LAKE",
+        "from anomalib_lake.lightning_model import LAKE",
+        "from anomalib_lake.torch_model import LAKEModel",
         "import torch; from anomalib_spg.lightning_model import SPG",
     ],
 )
@@ -125,5 +131,6 @@ if __name__ == "__main__":
 
 def test_autoload_switched_off(tmp_path: Path) -> None:
     """With torch's switch the full class path still works."""
-    code = "import torch; from anomalib_spg import SPG; SPG('vit_tiny_patch16_224', pre_trained=False)"
-    run_command([sys.executable, "-c", code], tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    for package, model in (("anomalib_spg", "SPG"), ("anomalib_lake", "LAKE")):
+        code = f"import torch; from {package} import {model}; {model}('vit_tiny_patch16_224', pre_trained=False)"
+        run_command([sys.executable, "-c", code], tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
