@@ -5,10 +5,9 @@
 import torch
 from anomalib.models.components import DynamicBufferMixin, KCenterGreedy
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
 
 # Bank tokens compared at a time: large enough for the matrix product, small enough for the cache.
-CHUNK = 1024
+CHUNK = 512
 
 
 class NormalityBank(DynamicBufferMixin, nn.Module):
@@ -137,10 +136,10 @@ def nearest(tokens: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
     Returns:
         torch.Tensor: Distances ``(...)``.
     """
-    queries = F.pad(tokens, (0, 1), value=1.0)
-    lowest = []
-    for chunk in bank.split(CHUNK):
-        # |b|^2 - 2 t.b, whose order over b is that of the distance: one product, with the norm as one more channel
-        keys = torch.cat([-2 * chunk, chunk.square().sum(dim=1, keepdim=True)], dim=1)
-        lowest.append((queries @ keys.T).amin(dim=-1))
-    return (torch.stack(lowest).amin(dim=0) + tokens.square().sum(dim=-1)).clamp(min=0).sqrt()
+    queries = tokens.flatten(0, -2)
+    # |t - b|^2 = |t|^2 - 2 (t.b - |b|^2 / 2): the nearest b has the largest bracket, one product with a bias.
+    brackets = [
+        torch.addmm(chunk.square().sum(dim=1) / -2, queries, chunk.T).amax(dim=1) for chunk in bank.split(CHUNK)
+    ]
+    squares = queries.square().sum(dim=1) - 2 * torch.stack(brackets).amax(dim=0)
+    return squares.clamp(min=0).sqrt().view(tokens.shape[:-1])

@@ -206,7 +206,11 @@ class LAKE(MemoryBankMixin, AnomalibModule):
             ValueError: If there are no normal images, or fewer than ``k_shot``.
         """
         datamodule = getattr(self.trainer, "datamodule", None)
-        if stage == "fit" and datamodule is not None:
+        if stage == "fit" and datamodule is None:
+            logger.warning(
+                "Without a datamodule LAKE uses every training image; k_shot and few_shot_source do nothing."
+            )
+        elif stage == "fit":
             self._training_set = datamodule.train_data
             datamodule.train_data, self.normal_images = draw_normal_images(
                 datamodule.train_data,

@@ -86,7 +86,8 @@ class SensitiveNeurons(DynamicBufferMixin, nn.Module):
         if self.selection != "all" and self.count > dim:
             msg = f"neurons={self.count} exceeds the {dim} channels of this backbone's patch tokens."
             raise ValueError(msg)
-        tokens = self._normalize(tokens, "before")
+        if self.normalization == "before":
+            tokens = F.normalize(tokens, dim=-1)
         variances = tokens.var(dim=0)
         if not variances.isfinite().all() or variances.amax() <= 0:
             msg = "The patch tokens of the normal images do not vary. Are the images blank, or a single patch in size?"
@@ -108,7 +109,7 @@ class SensitiveNeurons(DynamicBufferMixin, nn.Module):
             self.components = directions.flip(1)[:, : self.count].contiguous()
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Project tokens onto the chosen neurons.
+        """Project tokens onto the chosen neurons and bring them to unit length.
 
         Args:
             tokens (torch.Tensor): Patch tokens ``(..., D)``.
@@ -116,9 +117,28 @@ class SensitiveNeurons(DynamicBufferMixin, nn.Module):
         Returns:
             torch.Tensor: Projected tokens ``(..., K)``.
         """
-        tokens = self._normalize(tokens, "before")
-        tokens = (tokens - self.mean) @ self.components if self.selection == "pca" else tokens[..., self.indices]
-        return self._normalize(tokens, "after")
+        return self.normalize(self.project(tokens))
 
-    def _normalize(self, tokens: torch.Tensor, when: Normalization) -> torch.Tensor:
-        return F.normalize(tokens, dim=-1) if self.normalization == when else tokens
+    def project(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Keep the chosen neurons, after bringing tokens to unit length if that comes ``"before"``.
+
+        Args:
+            tokens (torch.Tensor): Patch tokens ``(..., D)``.
+
+        Returns:
+            torch.Tensor: Projected tokens ``(..., K)``.
+        """
+        if self.normalization == "before":
+            tokens = F.normalize(tokens, dim=-1)
+        return (tokens - self.mean) @ self.components if self.selection == "pca" else tokens[..., self.indices]
+
+    def normalize(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Bring projected tokens to unit length if that comes ``"after"`` the selection.
+
+        Args:
+            tokens (torch.Tensor): Projected tokens ``(..., K)``.
+
+        Returns:
+            torch.Tensor: Tokens ``(..., K)``.
+        """
+        return F.normalize(tokens, dim=-1) if self.normalization == "after" else tokens

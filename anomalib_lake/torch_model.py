@@ -243,14 +243,16 @@ class LAKEModel(nn.Module):
         Returns:
             torch.Tensor: Distance over the usual one, averaged over layers, the largest over scales, ``(B, N)``.
         """
-        by_scale = [
-            torch.stack([
-                banks[number](neurons(average_neighbors(tokens[layer], grid, scale)))
-                for layer, neurons, banks in zip(self.layers, self.neurons, self.banks, strict=True)
-            ]).mean(dim=0)
-            for number, scale in enumerate(self.scales)
-        ]
-        return torch.stack(by_scale).amax(dim=0)
+        by_layer = []
+        for layer, neurons, banks in zip(self.layers, self.neurons, self.banks, strict=True):
+            projected = neurons.project(tokens[layer])
+            by_layer.append(
+                torch.stack([
+                    bank(neurons.normalize(average_neighbors(projected, grid, scale)))
+                    for scale, bank in zip(self.scales, banks, strict=True)
+                ]),
+            )
+        return torch.stack(by_layer).mean(dim=0).amax(dim=0)
 
     def semantic_activation(self, patches: torch.Tensor) -> torch.Tensor:
         """Compute how far patches lean to the anomalous text.
@@ -314,7 +316,8 @@ class LAKEModel(nn.Module):
                 tokens = torch.cat(self._stored[layer])
                 self._stored[layer] = []
                 neurons.select(tokens.flatten(0, 1), generator)
+                projected = neurons.project(tokens)
                 for scale, bank in zip(self.scales, banks, strict=True):
-                    averaged = neurons(average_neighbors(tokens, self._grid, scale))
+                    averaged = neurons.normalize(average_neighbors(projected, self._grid, scale))
                     # Windows that overlap by half or more are nearly the same.
                     bank.fit(averaged, self._grid, stride=scale // 2 + 1)

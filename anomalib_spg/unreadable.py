@@ -2,6 +2,7 @@
 
 """Name the image that stopped a run."""
 
+from anomalib.data import AnomalibDataset, PredictDataset
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 
@@ -28,11 +29,17 @@ class NameUnreadableImages(Callback):
             return
         datamodule = getattr(trainer, "datamodule", None)
         subsets = [getattr(datamodule, f"{name}_data", None) for name in ("train", "val", "test")]
-        paths = {path for subset in subsets if subset is not None for path in subset.samples.image_path}
+        paths = {path for subset in subsets if subset is not None for path in _image_paths(subset)}
         broken = [str(path) for path in sorted(paths) if not _is_readable(path)]
         if broken:
             msg = f"Cannot read {len(broken)} of {len(paths)} images: {', '.join(broken[:5])}. Replace or remove them."
             raise ValueError(msg) from exception
+
+
+def _image_paths(dataset: AnomalibDataset | PredictDataset) -> list[str]:
+    if isinstance(dataset, PredictDataset):
+        return [str(path) for path in dataset.image_filenames]
+    return [str(path) for path in dataset.samples.image_path]
 
 
 def _is_readable(path: str) -> bool:

@@ -216,6 +216,15 @@ def test_unreadable_normal_image_is_named(tmp_path: Path) -> None:
         engine(tmp_path).fit(model=build(k_shot=None), datamodule=data(root))
 
 
+def test_unreadable_image_of_a_folder_is_named(mvtec: Path, tmp_path: Path) -> None:
+    """Also where the images are not those of the datamodule."""
+    source = tmp_path / "few"
+    shutil.copytree(mvtec / "brick/train/good", source)
+    (source / "001.png").write_bytes((source / "001.png").read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"Cannot read 1 of .*few/001\.png"):
+        engine(tmp_path).fit(model=build(k_shot=None, few_shot_source=source), datamodule=data(mvtec))
+
+
 def test_only_normal_images(mvtec: Path, tmp_path: Path) -> None:
     """Good parts and nothing else: the threshold lies above them, so that new good ones pass."""
     datamodule = Folder(
