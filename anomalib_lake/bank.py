@@ -6,6 +6,9 @@ import torch
 from anomalib.models.components import DynamicBufferMixin, KCenterGreedy
 from torch import nn
 
+# A deviation of 1 is what one normal patch in a hundred exceeds. The score is a maximum over patches, so what counts is
+# how far the rare ones go; the mean would let the scale with the longer tail drown the other.
+QUANTILE = 0.99
 # Bank tokens compared at a time: large enough for the matrix product, small enough for the cache.
 CHUNK = 512
 
@@ -13,8 +16,8 @@ CHUNK = 512
 class NormalityBank(DynamicBufferMixin, nn.Module):
     """Normal patch tokens and the distance that is usual among them.
 
-    Distances are Euclidean. Divided by the mean distance of a normal patch to the patches of the *other* normal images,
-    they are 1 for an ordinary normal patch whatever the product, the backbone and the layer.
+    Distances are Euclidean. They are divided by what 99 % of the normal patches stay below when compared with the
+    *other* normal images, so that 1 means the same whatever the product, the backbone, the layer and the scale.
 
     Args:
         size (int | None): Most tokens to keep; more are thinned to a coreset by anomalib's k-center greedy. ``None``
@@ -24,7 +27,7 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
         tokens (torch.Tensor): Kept tokens ``(M, K)``.
         images (torch.Tensor): Number of the normal image each of them is from ``(M,)``.
         positions (torch.Tensor): Number of the patch in that image ``(M,)``.
-        scale (torch.Tensor): The mean leave-one-image-out distance, a scalar.
+        scale (torch.Tensor): The 99 % quantile of the leave-one-image-out distances, a scalar.
 
     Example:
         >>> bank = NormalityBank()
@@ -88,9 +91,9 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
         numbers: torch.Tensor,
         candidate_numbers: torch.Tensor,
     ) -> torch.Tensor:
-        """Mean distance of a patch to its nearest candidate in the other images; with one image, in its other quarters.
+        """Distance that 99 % of the patches stay below, to the other images; with one image, to its other quarters.
 
-        At most 8 images are asked, spread over all: the mean over thousands of patches hardly moves with more.
+        At most 8 images are asked, spread over all: a quantile of thousands of patches hardly moves with more.
         """
         images = len(tokens)
         if images > 1:
@@ -108,7 +111,7 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
             own, theirs = quarter(numbers), quarter(candidate_numbers)
             pairs = [(tokens[0, own == part], candidates[0, theirs != part]) for part in own.unique()]
         distances = [nearest(queries, bank) for queries, bank in pairs if len(bank)]
-        return torch.cat(distances).mean() if distances else torch.zeros_like(tokens[0, 0, 0])
+        return torch.cat(distances).quantile(QUANTILE) if distances else torch.zeros_like(tokens[0, 0, 0])
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Compute the structural deviation.

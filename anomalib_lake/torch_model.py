@@ -214,7 +214,7 @@ class LAKEModel(nn.Module):
             raise RuntimeError(msg)
         tokens, grid = self.tokens(images)
         deviation = self.structural_deviation(tokens, grid)
-        # Ordinary patches have a deviation of 1. This map keeps the order, and 1 is reached only in the infinite.
+        # Ordinary patches deviate by less than 1. This map keeps the order, and 1 is reached only in the infinite.
         anomaly = deviation / (1 + deviation)
         if self.text_weight > 0:
             anomaly = torch.lerp(anomaly, self.semantic_activation(tokens[self.semantic_layer]), self.text_weight)

@@ -229,11 +229,11 @@ def main() -> None:  # noqa: C901  # a branch for each table
             )
             row(f"AnomalyDINO, {shots} shots", lambda s, d, n=shots: anomaly_dino(s, n, d))
     elif arguments.table == "layers":
+        for selection in get_args(Selection):
+            row(f"blocks {DEFAULT}, {selection}", few(4, selection=selection))
         for blocks in [(4,), (5,), (6,), (7,), (8,), (9,), (4, 8), (6, 7)]:
             for selection in ("variance", "all", "random"):
                 row(f"blocks {blocks}, {selection}", few(4, blocks=blocks, selection=selection))
-        for selection in get_args(Selection):
-            row(f"blocks {DEFAULT}, {selection}", few(4, selection=selection))
     elif arguments.table == "neurons":
         for count in (10, 25, 50, 100, 200):
             for selection in ("variance", "random"):

@@ -2,6 +2,7 @@
 
 """The normality bank: distances, their scale, the bound on its size."""
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
@@ -28,7 +29,7 @@ def test_scale_leaves_one_image_out() -> None:
     for image in range(3):
         others = [tokens[other, patch] for other in range(3) if other != image for patch in range(4)]
         distances += [min((token - other).norm().item() for other in others) for token in tokens[image]]
-    assert bank.scale.item() == pytest.approx(sum(distances) / 12, rel=1e-4)
+    assert bank.scale.item() == pytest.approx(np.quantile(distances, 0.99), rel=1e-4)
     assert bank.tokens.shape == (12, 5)
 
 
@@ -42,16 +43,17 @@ def test_one_image_leaves_its_quarters_out() -> None:
         min((tokens[0, a] - tokens[0, b]).norm().item() for b in range(6) if quarters[b] != quarters[a])
         for a in range(6)
     ]
-    assert bank.scale.item() == pytest.approx(sum(expected) / 6, rel=1e-4)
+    assert bank.scale.item() == pytest.approx(np.quantile(expected, 0.99), rel=1e-4)
 
 
-def test_normal_patches_deviate_by_one() -> None:
-    """Whatever the scale of the tokens: new normal images lie near 1, and a foreign one far above."""
+def test_one_normal_patch_in_a_hundred_deviates_by_more_than_one() -> None:
+    """Whatever the scale of the tokens; foreign ones lie far above."""
     for scale in (0.01, 100):
         bank = NormalityBank()
         bank.fit(torch.randn(8, 64, 6) * scale, (8, 8))
-        assert bank(torch.randn(4, 64, 6) * scale).mean().item() == pytest.approx(1, abs=0.15)
-        assert bank(torch.randn(4, 64, 6) * scale + 10 * scale).mean() > 5
+        share = (bank(torch.randn(40, 64, 6) * scale) > 1).float().mean().item()
+        assert 0.002 < share < 0.03
+        assert bank(torch.randn(4, 64, 6) * scale + 10 * scale).mean() > 3
 
 
 def test_size_is_bounded_by_a_coreset() -> None:

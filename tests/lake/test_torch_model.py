@@ -31,7 +31,7 @@ def deviation_by_hand(model: LAKEModel, normal: torch.Tensor, images: torch.Tens
     channels = train.flatten(0, 1).var(dim=0).topk(20).indices
     train, test = (F.normalize(tokens[..., channels], dim=-1).double() for tokens in (train, test))
     distance = torch.cdist(test.flatten(0, 1), train.flatten(0, 1)).amin(dim=1).view(test.shape[:2])
-    usual = torch.stack([torch.cdist(train[i], train[1 - i]).amin(dim=1).mean() for i in (0, 1)]).mean()
+    usual = torch.cat([torch.cdist(train[i], train[1 - i]).amin(dim=1) for i in (0, 1)]).quantile(0.99)
     return distance / usual
 
 
@@ -66,7 +66,7 @@ def test_scales() -> None:
 
     kept = [row * 4 + column for row in (0, 2, 4) for column in (0, 2)]
     queries, bank = windows(test), windows(train)[:, kept]
-    usual = torch.cat([torch.cdist(windows(train)[i], bank[1 - i]).amin(dim=1) for i in (0, 1)]).mean()
+    usual = torch.cat([torch.cdist(windows(train)[i], bank[1 - i]).amin(dim=1) for i in (0, 1)]).quantile(0.99)
     coarse = torch.cdist(queries.flatten(0, 1), bank.flatten(0, 1)).amin(dim=1).view(2, 20) / usual
     deviation = torch.maximum(coarse, deviation_by_hand(model, normal, images, 3))
     expected = (deviation / (1 + deviation)).amax(dim=1)
