@@ -13,7 +13,7 @@ This module, and the packages' ``__init__``, are imported while torch is still i
 import sys
 import warnings
 from importlib.machinery import ModuleSpec
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -74,12 +74,15 @@ def register_models(models: ModuleType | None = None) -> None:
         models.__class__ = _Awaiting
         return
     awaiting = False
-    for entry_point in entry_points(group=GROUP):
+    points = entry_points(group=GROUP)
+    packages = {point.module.split(".")[0] for point in points}
+    for entry_point in points:
         try:
             model = entry_point.load()
         except Exception as exception:  # noqa: BLE001  # somebody else's broken package must not break anomalib
-            if _is_importing(entry_point):
-                # The plugin was imported first and is itself importing anomalib: its class is not there yet.
+            if _is_importing(packages):
+                # A plugin was imported first and is itself importing anomalib: its class, or one that another plugin
+                # builds on, is not there yet.
                 awaiting = True
                 continue
             source = f" of {entry_point.dist.name}" if entry_point.dist else ""
@@ -117,11 +120,10 @@ class _Awaiting(ModuleType):
         return ModuleType.__getattribute__(self, name)
 
 
-def _is_importing(entry_point: EntryPoint) -> bool:
-    """Whether any module of an entry point's package is being imported right now."""
-    package = entry_point.module.split(".")[0]
+def _is_importing(packages: set[str]) -> bool:
+    """Whether any module of these packages is being imported right now."""
     return any(
         getattr(getattr(module, "__spec__", None), "_initializing", False)
         for name, module in list(sys.modules.items())
-        if name.split(".")[0] == package
+        if name.split(".")[0] in packages
     )

@@ -59,7 +59,7 @@ def anomalib_command() -> Callable[..., str]:
 
 def make_mvtec(root: Path, categories: tuple[str, ...] = ("brick", "grass"), count: int = 4) -> Path:
     """A small dataset in MVTec AD's layout: real textures, drawn defects, masks."""
-    return textures.make_mvtec(root, categories, train=count, test=count, size=96)
+    return textures.make_mvtec(root, categories, train=count, test=count, size=96, defects=("hole",))
 
 
 def make_visa(root: Path, categories: tuple[str, ...] = ("gravel",), count: int = 4) -> Path:

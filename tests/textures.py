@@ -62,6 +62,7 @@ def make_mvtec(
     test: int = 24,
     size: int = 200,
     seed: int = 0,
+    defects: tuple[str, ...] = DEFECTS,
 ) -> Path:
     """Write a dataset in MVTec AD's layout: per category ``train`` normal, ``test`` good and ``test`` bad images."""
     for category in categories:
@@ -71,7 +72,7 @@ def make_mvtec(
             for index in range(count):
                 Image.fromarray(crop(category, rng, size, upper)).save(root / category / folder / f"{index:03}.png")
         for index in range(test):
-            defect = DEFECTS[index % len(DEFECTS)]
+            defect = defects[index % len(defects)]
             image, mask = draw_defect(crop(category, rng, size, upper=False), defect, rng)
             for kind, name, array in (
                 ("test", f"{index:03}.png", image),
