@@ -256,7 +256,7 @@ def main() -> None:  # noqa: C901  # a branch for each table
             rest[source.labels.nonzero().flatten()[: arguments.draws]] = False
             stored = {"train": source.train, "test": source.test[rest], "labels": source.labels[rest]}
             kept = Source({**stored, "masks": source.masks[rest]}, source.norm)
-            return lake(kept, torch.cat([images, source.test[taken]]), draw)
+            return lake(kept, torch.cat([images, source.test[taken]]), draw, size=None)
 
         row("8 normal images", lambda s, d: contaminated(s, d, 0))
         row("8 normal images and 1 defective one", lambda s, d: contaminated(s, d, 1))
