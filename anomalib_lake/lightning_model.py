@@ -18,7 +18,7 @@ from anomalib.models.components import AnomalibModule, MemoryBankMixin
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 from torchvision.transforms.v2 import Compose, Normalize, Resize
@@ -69,6 +69,8 @@ class LAKE(MemoryBankMixin, AnomalibModule):
         anomalous_prompts (Sequence[str] | None): Descriptions of anomalous ones. ``None`` takes WinCLIP's (ours).
         temperature (float): Softmax temperature of the semantic activation. Defaults to 0.07 (ours).
         sigma (float): Gaussian smoothing of the map in pixels; 0 for none. Defaults to 4 (ours).
+        seed (int | None): Seed everything with it before fitting, since ``anomalib train --seed_everything`` does not
+            (anomalib 2.7 accepts the option and ignores it). ``None`` leaves the process's seed. Defaults to ``None``.
         pre_processor (nn.Module | bool, optional): Pre-processor instance or flag to use the default.
             Defaults to ``True``.
         post_processor (nn.Module | bool, optional): Post-processor instance or flag to use the default.
@@ -110,6 +112,7 @@ class LAKE(MemoryBankMixin, AnomalibModule):
         anomalous_prompts: Sequence[str] | None = None,
         temperature: float = 0.07,
         sigma: float = 4.0,
+        seed: int | None = None,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -126,6 +129,7 @@ class LAKE(MemoryBankMixin, AnomalibModule):
             evaluator=evaluator,
             visualizer=visualizer,
         )
+        self.seed = seed
         self.k_shot = k_shot
         self.few_shot_source = few_shot_source
         self.class_name = class_name
@@ -205,6 +209,8 @@ class LAKE(MemoryBankMixin, AnomalibModule):
         Raises:
             ValueError: If there are no normal images, or fewer than ``k_shot``.
         """
+        if stage == "fit" and self.seed is not None:
+            seed_everything(self.seed, workers=True)
         datamodule = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and datamodule is None:
             logger.warning(

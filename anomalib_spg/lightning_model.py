@@ -18,7 +18,7 @@ from anomalib.models.components import AnomalibModule, MemoryBankMixin
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 from torchvision.transforms.v2 import Compose, Normalize, Resize
@@ -73,6 +73,8 @@ class SPG(MemoryBankMixin, AnomalibModule):
         top_fraction (float): Share of pixels for ``"top"``. Defaults to 0.01.
         cls_weight (float): Weight of the score by the pooled token against that of the map. Defaults to 0 (paper).
         memory_limit (float): Most memory stored tokens and masks may take, in GiB. Defaults to 16 (ours).
+        seed (int | None): Seed everything with it before fitting, since ``anomalib train --seed_everything`` does not
+            (anomalib 2.7 accepts the option and ignores it). ``None`` leaves the process's seed. Defaults to ``None``.
         pre_processor (nn.Module | bool, optional): Pre-processor instance or flag to use the default.
             Defaults to ``True``.
         post_processor (nn.Module | bool, optional): Post-processor instance or flag to use the default.
@@ -116,6 +118,7 @@ class SPG(MemoryBankMixin, AnomalibModule):
         top_fraction: float = 0.01,
         cls_weight: float = 0.0,
         memory_limit: float = 16.0,
+        seed: int | None = None,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -132,6 +135,7 @@ class SPG(MemoryBankMixin, AnomalibModule):
             visualizer=visualizer,
         )
         self.guides = guides
+        self.seed = seed
         self.views = views
         self.synthesizer = AnomalySynthesizer()
         self.model: SPGModel = SPGModel(
@@ -205,7 +209,7 @@ class SPG(MemoryBankMixin, AnomalibModule):
         return
 
     def setup(self, stage: str) -> None:
-        """Refuse an empty training set, which the dataloader would do less clearly.
+        """Seed, and refuse an empty training set, which the dataloader would do less clearly.
 
         Args:
             stage (str): Stage of the trainer.
@@ -213,6 +217,8 @@ class SPG(MemoryBankMixin, AnomalibModule):
         Raises:
             ValueError: If there are no training images.
         """
+        if stage == "fit" and self.seed is not None:
+            seed_everything(self.seed, workers=True)
         datamodule = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and len(getattr(datamodule, "train_data", [None])) == 0:
             msg = f"The training set of {datamodule.name} is empty. Check the datamodule's root, category and folders."

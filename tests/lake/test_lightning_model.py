@@ -85,6 +85,19 @@ def test_the_draw_follows_the_seed(mvtec: Path, tmp_path: Path) -> None:
     assert len(drawn(1, k_shot=None)[0]) == 4
 
 
+def test_own_seed_comes_before_that_of_the_process(mvtec: Path, tmp_path: Path) -> None:
+    """The command line's --seed_everything reaches nobody in anomalib 2.7; the model's seed does."""
+
+    def drawn(seed: int, process: int) -> list[str]:
+        model = build(seed=seed)
+        torch.manual_seed(process)
+        engine(tmp_path, limit_val_batches=1).fit(model=model, datamodule=data(mvtec))
+        return model.normal_images
+
+    assert drawn(1, 5) == drawn(1, 6)
+    assert len({tuple(drawn(seed, 5)) for seed in range(4)}) > 1
+
+
 def test_printed_metrics_are_those_of_the_raw_scores(trained: tuple, mvtec: Path) -> None:
     """scikit-learn on what the torch model returns, against what the engine printed."""
     model, _, metrics = trained

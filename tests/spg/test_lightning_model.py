@@ -153,6 +153,13 @@ def test_same_seed_same_result(mvtec: Path, tmp_path: Path) -> None:
         engine(tmp_path).fit(model=model, datamodule=data(mvtec))
         return model.model.guides[0].vectors
 
+    def learn_with_own(seed: int, process: int) -> torch.Tensor:
+        model = build(seed=seed)
+        torch.manual_seed(process)
+        engine(tmp_path).fit(model=model, datamodule=data(mvtec))
+        return model.model.guides[0].vectors
+
+    assert torch.equal(learn_with_own(3, 1), learn_with_own(3, 2))
     assert torch.equal(learn(3), learn(3))
     assert not torch.equal(learn(3), learn(4))
 
