@@ -21,11 +21,12 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
-from torchvision.transforms.v2 import Compose, Normalize, Resize
 
-from anomalib_spg.backbone import default_image_size, pretrained_config
+from anomalib_spg.backbone import default_image_size
+from anomalib_spg.checkpoint import check_identity
 from anomalib_spg.evaluator import default_evaluator
 from anomalib_spg.post_processor import OrderPreservingPostProcessor
+from anomalib_spg.pre_processor import default_pre_processor
 from anomalib_spg.unreadable import NameUnreadableImages
 
 from .neurons import Normalization, Selection
@@ -173,13 +174,7 @@ class LAKE(MemoryBankMixin, AnomalibModule):
             >>> LAKE.configure_pre_processor().transform.transforms[0].size
             [518, 518]
         """
-        config = pretrained_config(backbone)
-        return PreProcessor(
-            transform=Compose([
-                Resize(image_size or default_image_size(backbone), antialias=True),
-                Normalize(mean=list(config["mean"]), std=list(config["std"])),
-            ]),
-        )
+        return default_pre_processor(backbone, image_size)
 
     @staticmethod
     def configure_post_processor() -> PostProcessor:
@@ -300,14 +295,7 @@ class LAKE(MemoryBankMixin, AnomalibModule):
         """
         super().on_load_checkpoint(checkpoint)
         self.normal_images = checkpoint.get("normal_images", [])
-        saved = checkpoint.get("hyper_parameters", {})
-        for name, own in self._identity().items():
-            if saved.get(name, own) != own:
-                msg = (
-                    f"The checkpoint was saved with {name}={saved[name]}, this model has {name}={own}. Give the model "
-                    "the arguments it was trained with (for instance the same --config)."
-                )
-                raise ValueError(msg)
+        check_identity(checkpoint, self._identity())
 
     def _identity(self) -> dict[str, Any]:
         model = self.model

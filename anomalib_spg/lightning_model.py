@@ -21,13 +21,14 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
-from torchvision.transforms.v2 import Compose, Normalize, Resize
 from tqdm import tqdm
 
-from .backbone import DEFAULT_BACKBONE, default_image_size, pretrained_config
+from .backbone import DEFAULT_BACKBONE, default_image_size
+from .checkpoint import check_identity
 from .evaluator import default_evaluator
 from .guides import read_guides
 from .post_processor import OrderPreservingPostProcessor
+from .pre_processor import default_pre_processor
 from .synthesis import AnomalySynthesizer
 from .torch_model import GIB, SPGModel
 from .unreadable import NameUnreadableImages
@@ -181,13 +182,7 @@ class SPG(MemoryBankMixin, AnomalibModule):
             >>> SPG.configure_pre_processor((448, 448)).transform.transforms[0].size
             [448, 448]
         """
-        config = pretrained_config(backbone)
-        return PreProcessor(
-            transform=Compose([
-                Resize(image_size or default_image_size(backbone), antialias=True),
-                Normalize(mean=list(config["mean"]), std=list(config["std"])),
-            ]),
-        )
+        return default_pre_processor(backbone, image_size)
 
     @staticmethod
     def configure_post_processor() -> PostProcessor:
@@ -330,14 +325,7 @@ class SPG(MemoryBankMixin, AnomalibModule):
             ValueError: If backbone, layers or image size differ.
         """
         super().on_load_checkpoint(checkpoint)
-        saved = checkpoint.get("hyper_parameters", {})
-        for name, own in self._identity().items():
-            if saved.get(name, own) != own:
-                msg = (
-                    f"The checkpoint was saved with {name}={saved[name]}, this model has {name}={own}. Give the model "
-                    "the arguments it was trained with (for instance the same --config)."
-                )
-                raise ValueError(msg)
+        check_identity(checkpoint, self._identity())
 
     def _identity(self) -> dict[str, Any]:
         backbone = self.model.backbone
