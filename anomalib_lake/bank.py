@@ -68,7 +68,7 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
         numbers = torch.arange(patches, device=tokens.device)
         on_rows, on_columns = numbers // grid[1] % stride == 0, numbers % grid[1] % stride == 0
         kept = numbers[on_rows & on_columns]
-        self.scale = self._usual_distance(tokens, tokens[:, kept], grid, numbers, kept)
+        self.scale = self._usual_distance(tokens, grid, kept)
         if not self.scale > 2e-3 * tokens.norm(dim=-1).mean():  # what rounding alone gives
             msg = "The normal images are copies of each other, or blank. Give images that differ."
             raise ValueError(msg)
@@ -84,33 +84,21 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
             )
 
     @staticmethod
-    def _usual_distance(
-        tokens: torch.Tensor,
-        candidates: torch.Tensor,
-        grid: tuple[int, int],
-        numbers: torch.Tensor,
-        candidate_numbers: torch.Tensor,
-    ) -> torch.Tensor:
+    def _usual_distance(tokens: torch.Tensor, grid: tuple[int, int], kept: torch.Tensor) -> torch.Tensor:
         """Distance that 99 % of the patches stay below, to the other images; with one image, to its other quarters.
 
         At most 8 images are asked, spread over all: a quantile of thousands of patches hardly moves with more.
         """
-        images = len(tokens)
+        images, patches = tokens.shape[:2]
+        bank = tokens[:, kept]
         if images > 1:
             asked = sorted({round(number) for number in torch.linspace(0, images - 1, 8).tolist()})
-            others = [[other for other in range(images) if other != index] for index in asked]
-            pairs = [
-                (tokens[index], candidates[other].flatten(0, 1)) for index, other in zip(asked, others, strict=True)
-            ]
+            pairs = [(tokens[index], torch.cat([bank[:index], bank[index + 1 :]]).flatten(0, 1)) for index in asked]
         else:
-
-            def quarter(patch: torch.Tensor) -> torch.Tensor:
-                rows, columns = patch // grid[1], patch % grid[1]
-                return rows * 2 // grid[0] * 2 + columns * 2 // grid[1]
-
-            own, theirs = quarter(numbers), quarter(candidate_numbers)
-            pairs = [(tokens[0, own == part], candidates[0, theirs != part]) for part in own.unique()]
-        distances = [nearest(queries, bank) for queries, bank in pairs if len(bank)]
+            numbers = torch.arange(patches, device=tokens.device)
+            quarter = numbers // grid[1] * 2 // grid[0] * 2 + numbers % grid[1] * 2 // grid[1]
+            pairs = [(tokens[0, quarter == part], bank[0, quarter[kept] != part]) for part in quarter.unique()]
+        distances = [nearest(queries, others) for queries, others in pairs if len(others)]
         return torch.cat(distances).quantile(QUANTILE) if distances else torch.zeros_like(tokens[0, 0, 0])
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:

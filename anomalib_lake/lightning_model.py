@@ -223,13 +223,8 @@ class LAKE(MemoryBankMixin, AnomalibModule):
             shown = ", ".join(self.normal_images[:8]) + (", ..." if len(self.normal_images) > 8 else "")
             logger.info("LAKE uses %d normal images: %s", len(self.normal_images), shown)
 
-    def teardown(self, stage: str) -> None:
-        """Give the datamodule its training set back.
-
-        Args:
-            stage (str): Stage of the trainer.
-        """
-        del stage
+    def on_train_start(self) -> None:
+        """Give the datamodule its training set back: the dataloader of the drawn images is made by now."""
         if self._training_set is not None:
             self.trainer.datamodule.train_data = self._training_set
             self._training_set = None

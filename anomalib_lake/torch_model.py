@@ -173,15 +173,12 @@ class LAKEModel(nn.Module):
         # One per layer and scale.
         self.banks = nn.ModuleList(nn.ModuleList(NormalityBank(bank_size) for _ in self.scales) for _ in self.layers)
         # Row 0 normal, row 1 anomalous.
-        self.register_buffer("text_embeddings", torch.zeros(2, self._joint_dim() if text_weight > 0 else 0))
+        self.register_buffer("text_embeddings", torch.zeros(2, self.backbone.vit.num_classes if text_weight > 0 else 0))
         self.text_embeddings: torch.Tensor
         self.anomaly_map_generator = AnomalyMapGenerator(self.backbone.patch_size, sigma)
         self._stored: list[list[torch.Tensor]] = [[] for _ in self.layers]
         self._grid: tuple[int, int] = (0, 0)
         self._checkpoint: dict[str, torch.Tensor] | None = None
-
-    def _joint_dim(self) -> int:
-        return self.backbone.vit.num_classes
 
     @property
     def is_fitted(self) -> bool:
@@ -274,7 +271,7 @@ class LAKEModel(nn.Module):
             msg = f"Normal image {self.num_stored + blank[0]} (counted from 0) is blank: a single colour. Leave it out."
             raise ValueError(msg)
         if self.text_weight > 0 and not self.backbone.has_weights:
-            self._load_checkpoint()
+            self._checkpoint = self._load_checkpoint()
         tokens, grid = self.tokens(images)
         if self.num_stored and grid != self._grid:
             msg = f"Normal images must have one size: after {self._grid} patches came {grid}."
@@ -284,11 +281,11 @@ class LAKEModel(nn.Module):
             stored.append(tokens[layer])
         return tokens[self.layers[-1]]
 
-    def _load_checkpoint(self) -> None:
-        """Read the OpenCLIP checkpoint once: its vision part for the backbone, its text part kept for :meth:`fit`."""
+    def _load_checkpoint(self) -> dict[str, torch.Tensor]:
+        """Read the OpenCLIP checkpoint once: give its vision part to the backbone, and return the rest."""
         state, source = read_checkpoint(self.backbone.name, self.backbone.weights)
         self.backbone.load_state(state, source)
-        self._checkpoint = {key: value for key, value in state.items() if not key.startswith("visual.")}
+        return {key: value for key, value in state.items() if not key.startswith("visual.")}
 
     def fit(self, class_name: str = "object") -> None:
         """Choose the sensitive neurons and fill the banks from the stored tokens, embed the prompts, forget the tokens.
@@ -306,10 +303,9 @@ class LAKEModel(nn.Module):
         with torch.inference_mode(mode=False), torch.no_grad():
             generator = torch.Generator().manual_seed(torch.initial_seed())
             if self.text_weight > 0:
-                if self._checkpoint is None:
-                    self._load_checkpoint()
                 ensembles = prompts(class_name, self.normal_prompts, self.anomalous_prompts)
-                tower = text_tower(self._checkpoint or {}, quick_gelu="quickgelu" in self.backbone.name)
+                checkpoint = self._checkpoint or self._load_checkpoint()
+                tower = text_tower(checkpoint, quick_gelu="quickgelu" in self.backbone.name)
                 self.text_embeddings = embed_prompts(tower, *ensembles).to(self.text_embeddings.device)
                 self._checkpoint = None
             for layer, (neurons, banks) in enumerate(zip(self.neurons, self.banks, strict=True)):

@@ -67,9 +67,6 @@ class Backbone(nn.Module):
     The weights are fetched when they are first needed (a forward pass, or saving), not when the module is built,
     so that restoring a checkpoint never touches the hub.
 
-    Attributes:
-        has_weights (bool): Whether they are there, fetched or restored.
-
     Args:
         name (str): timm model name. Defaults to DINOv3-L/16 (paper).
         layers (Sequence[int] | None): 0-based block indices, negative ones count from the end. ``None`` is the last
@@ -81,6 +78,9 @@ class Backbone(nn.Module):
             too, at the cost of resampling the grid in every forward pass. ``None`` is the size the weights were
             trained with.
         norm (bool): Give tokens after the final norm (and projection). ``False`` gives them as the blocks do.
+
+    Attributes:
+        has_weights (bool): Whether the weights are there, fetched or restored.
 
     Raises:
         ValueError: If the name is not a timm model, has no patch tokens, or lacks a layer.

@@ -29,6 +29,7 @@ class NameUnreadableImages(Callback):
             return
         datamodule = getattr(trainer, "datamodule", None)
         subsets = [getattr(datamodule, f"{name}_data", None) for name in ("train", "val", "test")]
+        subsets.append(getattr(trainer.train_dataloader, "dataset", None))  # LAKE's normal images may be from elsewhere
         paths = {path for subset in subsets if subset is not None for path in _image_paths(subset)}
         broken = [str(path) for path in sorted(paths) if not _is_readable(path)]
         if broken:

@@ -225,8 +225,19 @@ def test_unreadable_normal_image_is_named(tmp_path: Path) -> None:
     root = make_mvtec(tmp_path / "data", categories=("brick",))
     broken = root / "brick/train/good/002.png"
     broken.write_bytes(broken.read_bytes()[:2000])
+    datamodule = data(root)
     with pytest.raises(ValueError, match=r"Cannot read 1 of .*train/good/002\.png"):
-        engine(tmp_path).fit(model=build(k_shot=None), datamodule=data(root))
+        engine(tmp_path).fit(model=build(k_shot=None), datamodule=datamodule)
+    datamodule = data(root, category="brick")
+    model = build(seed=0)
+
+    def fit_until_drawn() -> None:
+        for model.seed in range(8):
+            engine(tmp_path).fit(model=model, datamodule=datamodule)
+
+    with pytest.raises(ValueError, match=r"train/good/002\.png"):
+        fit_until_drawn()
+    assert len(datamodule.train_data) == 4, "a failed fit must leave the datamodule as it was"
 
 
 def test_unreadable_image_of_a_folder_is_named(mvtec: Path, tmp_path: Path) -> None:
