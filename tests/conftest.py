@@ -10,10 +10,8 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from anomalib_spg.quickstart import prepare
 from tests import textures
@@ -63,20 +61,8 @@ def make_mvtec(root: Path, categories: tuple[str, ...] = ("brick", "grass"), cou
 
 
 def make_visa(root: Path, categories: tuple[str, ...] = ("gravel",), count: int = 4) -> Path:
-    """A small dataset in the layout anomalib gives VisA after its one-class split."""
-    for category in categories:
-        rng = np.random.default_rng(7)
-        base = root / "visa_pytorch" / category
-        for folder in ("train/good", "test/good", "test/bad", "ground_truth/bad"):
-            (base / folder).mkdir(parents=True)
-        for index in range(count):
-            for folder in ("train/good", "test/good"):
-                image = textures.crop(category, rng, 96, upper=folder == "train/good")
-                Image.fromarray(image).save(base / folder / f"{index:03}.JPG")
-            image, mask = textures.draw_defect(textures.crop(category, rng, 96, upper=False), "hole", rng)
-            Image.fromarray(image).save(base / "test/bad" / f"{index:03}.JPG", quality=95)
-            Image.fromarray(mask).save(base / "ground_truth/bad" / f"{index:03}.png")
-    return root
+    """A small dataset in VisA's layout."""
+    return textures.make_visa(root, categories, train=count, test=count, size=96, defects=("hole",))
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Small datasets of real texture photographs with drawn defects and their masks, always the same ones.
+"""Two small datasets of textures with drawn defects and their masks, always the same ones.
 
-The photographs of brick, grass and gravel come with scikit-image. Training crops are cut from the upper half of a
-photograph, test crops from the lower one, so that no test pixel has been seen in training.
+    python -m tests.textures datasets
 
-    python -m tests.textures datasets/textures
-
-writes them in MVTec AD's layout.
+writes photographs of brick, grass and gravel in MVTec AD's layout to ``datasets/textures_mvtec``, and textile
+(simulated, from conformal-clip-data), tissue and moon in VisA's to ``datasets/textures_visa``. The photographs come with
+scikit-image. Training crops are cut from the upper half of a photograph, test crops from the lower one, so that no test
+pixel has been seen in training.
 """
 
 import argparse
+import csv
+from functools import cache
+from importlib.metadata import distribution
 from pathlib import Path
 
 import numpy as np
@@ -22,16 +25,36 @@ from skimage.morphology import dilation
 from skimage.morphology import disk as disk_footprint
 
 CATEGORIES = ("brick", "grass", "gravel")
+VISA_CATEGORIES = ("textile", "tissue", "moon")
 DEFECTS = ("hole", "scratch", "stain")
 
 
+@cache
+def photo(category: str) -> np.ndarray:
+    """The photograph of a category as RGB; of the textile, four rows of four images side by side."""
+    if category == "textile":
+        folder = distribution("conformal-clip-data").locate_file(
+            "conformal_clip_data/data/textile_images/simulated/nominal",
+        )
+        paths = sorted(Path(str(folder)).iterdir(), key=lambda path: path.name)[-16:]
+        tiles = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+        return np.concatenate([np.concatenate(tiles[row : row + 4], axis=1) for row in range(0, 16, 4)])
+    array = {"tissue": skimage.data.immunohistochemistry}.get(category, getattr(skimage.data, category, None))()
+    return array if array.ndim == 3 else np.stack([array] * 3, axis=-1)
+
+
 def crop(category: str, rng: np.random.Generator, size: int, upper: bool) -> np.ndarray:
-    """A grey crop of a photograph, as an RGB array ``(size, size, 3)``."""
-    photo = getattr(skimage.data, category)()
-    half = photo.shape[0] // 2
-    top = int(rng.integers(0, half - size + 1)) + (0 if upper else half)
-    left = int(rng.integers(0, photo.shape[1] - size + 1))
-    return np.stack([photo[top : top + size, left : left + size]] * 3, axis=-1)
+    """A crop ``(size, size, 3)`` of a photograph's upper or lower half."""
+    whole = photo(category)
+    half = whole.shape[0] // 2
+    if category == "textile":  # no crop runs over the seams
+        tile = int(rng.integers(0, 8))
+        top, left = (int(offset) for offset in rng.integers(0, 250 - size + 1, 2))
+        top, left = top + tile // 4 * 250 + (0 if upper else half), left + tile % 4 * 250
+    else:
+        top = int(rng.integers(0, half - size + 1)) + (0 if upper else half)
+        left = int(rng.integers(0, whole.shape[1] - size + 1))
+    return whole[top : top + size, left : left + size]
 
 
 def draw_defect(image: np.ndarray, defect: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -84,7 +107,50 @@ def make_mvtec(
     return root
 
 
+def make_visa(
+    root: Path,
+    categories: tuple[str, ...] = VISA_CATEGORIES,
+    train: int = 16,
+    test: int = 24,
+    size: int = 200,
+    seed: int = 0,
+    defects: tuple[str, ...] = DEFECTS,
+) -> Path:
+    """Write a dataset in VisA's layout, both as it is distributed and as anomalib splits it.
+
+    anomalib makes ``visa_pytorch`` from the rest itself, but for VisA's own categories only.
+    """
+    rows = []
+    for category in categories:
+        rng = np.random.default_rng([seed, *category.encode()])
+        split = root / "visa_pytorch" / category
+
+        def save(array: np.ndarray, path: str, copy: Path, category: str = category) -> str:
+            name = f"{category}/Data/{path}"
+            for target in (root / name, copy):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(target, quality=95)
+            return name
+
+        for index in range(train + test):
+            name, part = f"{index:04}.JPG", "train" if index < train else "test"
+            image = crop(category, rng, size, upper=part == "train")
+            name = save(image, f"Images/Normal/{name}", split / part / "good" / name)
+            rows.append((category, part, "normal", name, ""))
+        for index in range(test):
+            image, mask = draw_defect(crop(category, rng, size, upper=False), defects[index % len(defects)], rng)
+            stem = f"{index:03}"
+            name = save(image, f"Images/Anomaly/{stem}.JPG", split / "test/bad" / f"{stem}.JPG")
+            mask_name = save(mask, f"Masks/Anomaly/{stem}.png", split / "ground_truth/bad" / f"{stem}.png")
+            rows.append((category, "test", "anomaly", name, mask_name))
+    (root / "split_csv").mkdir(parents=True, exist_ok=True)
+    with (root / "split_csv" / "1cls.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("object", "split", "label", "image", "mask"), *rows])
+    return root
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path)
-    print(make_mvtec(parser.parse_args().root))
+    folder = parser.parse_args().root
+    print(make_mvtec(folder / "textures_mvtec"), make_visa(folder / "textures_visa"))
