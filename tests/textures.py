@@ -5,7 +5,7 @@
     python -m tests.textures datasets
 
 writes photographs of brick, grass and gravel in MVTec AD's layout to ``datasets/textures_mvtec``, and textile
-(simulated, from conformal-clip-data), tissue and moon in VisA's to ``datasets/textures_visa``. The photographs come with
+(simulated, from conformal-clip-data), tissue and moon in VisA's to ``datasets/textures_visa``. Photographs come with
 scikit-image. Training crops are cut from the upper half of a photograph, test crops from the lower one, so that no test
 pixel has been seen in training.
 """
