@@ -7,7 +7,7 @@ Reference: Gao et al., Scaling and evaluating sparse autoencoders (arXiv 2406.04
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,12 +23,72 @@ class SparseCode(NamedTuple):
     Attributes:
         activations (torch.Tensor): Kept activations ``(n, k)``, non-negative.
         atoms (torch.Tensor): Which atom each belongs to ``(n, k)``.
-        pre_activations (torch.Tensor): All atoms' values before TopK ``(n, C)``.
+        pre_activations (torch.Tensor): All atoms' values before TopK ``(n, C)``, without gradient.
     """
 
     activations: torch.Tensor
     atoms: torch.Tensor
     pre_activations: torch.Tensor
+
+
+class _Gather(torch.autograd.Function):
+    """The products of tokens and encoder that TopK kept ``(n, k)``.
+
+    Autograd alone would fill a matrix ``(n, C)`` with zeros around each token's ``k`` gradients and multiply the tokens
+    by it, which takes longer than the product of the forward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401  # what autograd gives
+        tokens: torch.Tensor,
+        encoder: torch.Tensor,
+        products: torch.Tensor,
+        atoms: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(tokens, encoder, atoms)
+        return products.gather(1, atoms)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401
+        tokens, encoder, atoms = ctx.saved_tensors
+        for_tokens = None
+        if ctx.needs_input_grad[0]:
+            for_tokens = F.embedding_bag(atoms, encoder, per_sample_weights=gradient, mode="sum")
+        return for_tokens, _scatter(tokens, gradient, atoms, len(encoder)), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """The sums of atoms weighted by their activations ``(n, D)``, reading only the atoms that are used."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401  # what autograd gives
+        activations: torch.Tensor,
+        dictionary: torch.Tensor,
+        atoms: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(activations, dictionary, atoms)
+        return F.embedding_bag(atoms, dictionary, per_sample_weights=activations, mode="sum")
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401
+        activations, dictionary, atoms = ctx.saved_tensors
+        # embedding_bag's own gradient by the activations is fast; the one by the dictionary sorts all of them first.
+        with torch.enable_grad():
+            weights = activations.detach().requires_grad_()
+            sums = F.embedding_bag(atoms, dictionary.detach(), per_sample_weights=weights, mode="sum")
+        for_activations = torch.autograd.grad(sums, weights, gradient)[0]
+        return for_activations, _scatter(gradient, activations, atoms, len(dictionary)), None
+
+
+def _scatter(tokens: torch.Tensor, weights: torch.Tensor, atoms: torch.Tensor, num_atoms: int) -> torch.Tensor:
+    """Sum weighted tokens ``(n, D)`` into the rows of the atoms they use: ``(C, D)``."""
+    number = torch.arange(len(tokens), device=tokens.device).repeat_interleave(atoms.shape[1])
+    code = torch.sparse_coo_tensor(
+        torch.stack([atoms.flatten(), number]), weights.flatten(), (num_atoms, len(tokens)), check_invariants=False
+    )
+    return torch.sparse.mm(code, tokens)
 
 
 class TopKSAE(nn.Module):
@@ -78,13 +138,17 @@ class TopKSAE(nn.Module):
 
     def encode(self, tokens: torch.Tensor) -> SparseCode:
         """Encode tokens ``(n, D)``."""
-        pre_activations = tokens @ self.encoder.T
-        activations, atoms = pre_activations.topk(self.k, dim=1, sorted=False)
-        return SparseCode(activations.relu(), atoms, pre_activations)
+        with torch.no_grad():
+            pre_activations = tokens @ self.encoder.T
+            atoms = pre_activations.topk(self.k, dim=1, sorted=False).indices
+        return SparseCode(self._activations(tokens, pre_activations, atoms), atoms, pre_activations)
+
+    def _activations(self, tokens: torch.Tensor, pre_activations: torch.Tensor, atoms: torch.Tensor) -> torch.Tensor:
+        return _Gather.apply(tokens, self.encoder, pre_activations, atoms).relu()
 
     def decode(self, code: SparseCode) -> torch.Tensor:
         """Reconstruct tokens ``(n, D)``; only the atoms that fired are read."""
-        return F.embedding_bag(code.atoms, self.dictionary, per_sample_weights=code.activations, mode="sum")
+        return _Combine.apply(code.activations, self.dictionary, code.atoms)
 
     def loss(self, tokens: torch.Tensor) -> torch.Tensor:
         """Mean squared reconstruction error plus AuxK / 32, and bookkeeping of which atoms fired.
@@ -104,8 +168,9 @@ class TopKSAE(nn.Module):
         dead = torch.nonzero(self.tokens_since_fired > self.dead_after).squeeze(1)
         if len(dead):
             # The dead atoms learn what the living ones leave over; that residual is a target, not a path for gradients.
-            activations, index = code.pre_activations[:, dead].topk(min(self.aux_k, len(dead)), dim=1, sorted=False)
-            auxiliary = self.decode(SparseCode(activations.relu(), dead[index], code.pre_activations))
+            atoms = dead[code.pre_activations[:, dead].topk(min(self.aux_k, len(dead)), dim=1, sorted=False).indices]
+            activations = self._activations(tokens, code.pre_activations, atoms)
+            auxiliary = self.decode(SparseCode(activations, atoms, code.pre_activations))
             loss = loss + F.mse_loss(auxiliary, tokens - reconstruction.detach()) / 32
         return loss
 
@@ -139,7 +204,7 @@ def train_sae(
         torch.Tensor: Boolean mask ``(C,)`` of the atoms that fire at least once over all tokens.
     """
     device = sae.dictionary.device
-    optimizer = torch.optim.Adam(sae.parameters(), lr=learning_rate, betas=(0.5, 0.999))
+    optimizer = torch.optim.Adam(sae.parameters(), lr=learning_rate, betas=(0.5, 0.999), fused=True)
     with tqdm(range(epochs), desc=description, unit="epoch") as progress:
         for _ in progress:
             total = torch.zeros((), device=device)

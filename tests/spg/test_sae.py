@@ -46,6 +46,29 @@ def test_encode_decode_and_loss() -> None:
     np.testing.assert_array_equal(sae.tokens_since_fired, since)
 
 
+def test_gradients_are_those_of_the_dense_formula() -> None:
+    """The sparse backward pass gives what autograd gives for the formula written densely, AuxK included."""
+    sae = TopKSAE(dim=8, num_atoms=20, k=3, aux_k=2, dead_after=10)
+    sae.encoder.data = torch.randn(20, 8)
+    sae.tokens_since_fired[::2] = 100
+    tokens = torch.randn(7, 8, requires_grad=True)
+    inputs = (tokens, sae.encoder, sae.dictionary)
+    found = torch.autograd.grad(sae.loss(tokens), inputs)
+
+    def code(pre: torch.Tensor, k: int) -> torch.Tensor:
+        return torch.where(pre >= pre.topk(k, dim=1).values[:, -1:], pre, 0).relu()
+
+    pre = tokens @ sae.encoder.T
+    reconstruction = code(pre, 3) @ sae.dictionary
+    dead = sae.tokens_since_fired > 10
+    assert dead.sum() > 2
+    auxiliary = code(pre[:, dead], 2) @ sae.dictionary[dead]
+    residual = tokens - reconstruction.detach()
+    loss = (reconstruction - tokens).square().mean() + (auxiliary - residual).square().mean() / 32
+    for ours, expected in zip(found, torch.autograd.grad(loss, inputs), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 def test_auxiliary_loss_moves_only_dead_atoms() -> None:
     """The residual is detached: AuxK reaches the dead atoms and no others."""
     sae = TopKSAE(dim=4, num_atoms=6, k=1, aux_k=1, dead_after=0)
