@@ -133,7 +133,7 @@ def to_pixels(patch_map: torch.Tensor, patch_size: int, image_size: tuple[int, i
 
 
 class _Coefficients(nn.Module):
-    """The learnable side of the guides; kept apart so that an average of it can be kept."""
+    """The learnable side of the guides; a module of its own so that an average of it can be kept."""
 
     def __init__(self, num_atoms: int, top_k: int | None) -> None:
         super().__init__()
@@ -150,10 +150,25 @@ class _Coefficients(nn.Module):
         return coefficients + (coefficients * kept - coefficients).detach()
 
 
+class _FreeVectors(nn.Module):
+    """The control: guides that are any vectors at all.
+
+    They start as close together as the sparse ones do: coordinates of about 0.1 along the mean token, plus N(0, 0.01²).
+    """
+
+    def __init__(self, mean: torch.Tensor) -> None:
+        super().__init__()
+        start = 0.1 * len(mean) ** 0.5 * F.normalize(mean, dim=0)
+        self.raw = nn.Parameter(start + 0.01 * torch.randn(4, len(mean), device=mean.device))
+
+    def forward(self) -> torch.Tensor:
+        return self.raw
+
+
 def train_guides(
     guides: Guides,
-    dictionary: torch.Tensor,
-    alive: torch.Tensor,
+    dictionary: torch.Tensor | None,
+    alive: torch.Tensor | None,
     patches: Sequence[torch.Tensor],
     pooled: Sequence[torch.Tensor],
     masks: Sequence[torch.Tensor],
@@ -175,8 +190,9 @@ def train_guides(
 
     Args:
         guides (Guides): Receives the result.
-        dictionary (torch.Tensor): Unit-norm atoms ``(C, D)``, on the device to train on.
-        alive (torch.Tensor): Boolean mask ``(C,)`` of the atoms that may be used.
+        dictionary (torch.Tensor | None): Unit-norm atoms ``(C, D)``, on the device to train on. ``None`` learns free
+            vectors instead, without sparsity: the control that shows what the dictionary brings (ours).
+        alive (torch.Tensor | None): Boolean mask ``(C,)`` of the atoms that may be used.
         patches (Sequence[torch.Tensor]): Patch tokens ``(N, D)`` of each image.
         pooled (Sequence[torch.Tensor]): Pooled token ``(D,)`` of each image.
         masks (Sequence[torch.Tensor]): Anomaly mask ``(H, W)`` of each image.
@@ -199,16 +215,22 @@ def train_guides(
     Raises:
         ValueError: If no atom is alive or ``top_k`` exceeds the living atoms.
     """
-    device = dictionary.device
-    atom_indices = torch.nonzero(alive).squeeze(1)
-    if not len(atom_indices):
-        msg = "No atom of the dictionary fires on the training images; train the autoencoder longer (sae_epochs)."
-        raise ValueError(msg)
-    if top_k is not None and not 1 <= top_k <= len(atom_indices):
-        msg = f"guide_top_k={top_k} must lie between 1 and the {len(atom_indices)} atoms that fire on the images."
-        raise ValueError(msg)
-    atoms = dictionary.detach()[atom_indices]
-    coefficients = _Coefficients(len(atoms), top_k).to(device)
+    device = guides.vectors.device
+    if dictionary is None or alive is None:
+        atoms = torch.eye(guides.vectors.shape[1], device=device)
+        mean = torch.stack([tokens.float().mean(dim=0) for tokens in patches]).mean(dim=0)
+        coefficients: nn.Module = _FreeVectors(mean.to(device))
+        sparsity = 0.0
+    else:
+        atom_indices = torch.nonzero(alive).squeeze(1)
+        if not len(atom_indices):
+            msg = "No atom of the dictionary fires on the training images; train the autoencoder longer (sae_epochs)."
+            raise ValueError(msg)
+        if top_k is not None and not 1 <= top_k <= len(atom_indices):
+            msg = f"guide_top_k={top_k} must lie between 1 and the {len(atom_indices)} atoms that fire on the images."
+            raise ValueError(msg)
+        atoms = dictionary.detach()[atom_indices]
+        coefficients = _Coefficients(len(atoms), top_k).to(device)
     decay = ema_decay
 
     def average(kept: torch.Tensor, new: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
@@ -248,7 +270,11 @@ def train_guides(
             log(losses)
 
     with torch.no_grad():
-        guides.set(atoms, atom_indices, averaged.module())
+        learned = averaged.module()
+        if dictionary is None:  # each guide is its own atom
+            guides.set(F.normalize(learned, dim=1), torch.arange(4, device=device), torch.diag(learned.norm(dim=1)))
+            return
+        guides.set(atoms, atom_indices, learned)
     counts = ", ".join(
         f"{name} {int(n)}" for name, n in zip(GUIDE_NAMES, (guides.coefficients > 0).sum(1), strict=True)
     )

@@ -59,6 +59,8 @@ class SPG(MemoryBankMixin, AnomalibModule):
         guides (str | Path | None): Guides file; nothing is learned then. Defaults to ``None``.
         views (int): How many times anomalies are drawn on each normal training image; without effect on labelled data.
             Defaults to 8 (ours).
+        dictionary (bool): Write the guides in a dictionary's atoms (paper). ``False`` learns free vectors: the control.
+            Defaults to ``True``.
         num_atoms (int): Dictionary size. Defaults to 4096 (paper).
         k (int): Atoms per token. Defaults to 32 (paper).
         sae_epochs (int): Epochs of stage 1. Defaults to 50 (paper).
@@ -105,6 +107,7 @@ class SPG(MemoryBankMixin, AnomalibModule):
         image_size: int | tuple[int, int] | None = None,
         guides: str | Path | None = None,
         views: int = 8,
+        dictionary: bool = True,
         num_atoms: int = 4096,
         k: int = 32,
         sae_epochs: int = 50,
@@ -146,6 +149,7 @@ class SPG(MemoryBankMixin, AnomalibModule):
             weights=weights,
             image_size=self.input_size or size,
             guides=guides,
+            dictionary=dictionary,
             num_atoms=num_atoms,
             k=k,
             sae_epochs=sae_epochs,

@@ -42,6 +42,8 @@ class SPGModel(nn.Module):
         image_size (tuple[int, int] | None): Height and width images are expected to have. Others work, slightly slower.
             Defaults to ``None``: that of the guides file, else the size the weights were trained with.
         guides (str | Path | None): Guides file to use; nothing is left to learn then. Defaults to ``None``.
+        dictionary (bool): Write the guides in a dictionary's atoms (paper). ``False`` learns free vectors and no
+            dictionary: the control. Defaults to ``True``.
         num_atoms (int): Dictionary size C. Defaults to 4096 (paper).
         k (int): Atoms per token. Defaults to 32 (paper).
         sae_epochs (int): Epochs of stage 1. Defaults to 50 (paper).
@@ -82,6 +84,7 @@ class SPGModel(nn.Module):
         weights: str | Path | None = None,
         image_size: tuple[int, int] | None = None,
         guides: str | Path | None = None,
+        dictionary: bool = True,
         num_atoms: int = 4096,
         k: int = 32,
         sae_epochs: int = 50,
@@ -104,6 +107,9 @@ class SPGModel(nn.Module):
         if guide_top_k is not None and not 1 <= guide_top_k <= num_atoms:
             msg = f"guide_top_k={guide_top_k} must lie between 1 and num_atoms={num_atoms}."
             raise ValueError(msg)
+        if guide_top_k is not None and not dictionary:
+            msg = f"guide_top_k={guide_top_k} chooses atoms, and dictionary=False has none. Leave one of them out."
+            raise ValueError(msg)
         if image_score not in {"max", "top", "lse"}:
             msg = f"image_score='{image_score}' is unknown; choose 'max', 'top' or 'lse'."
             raise ValueError(msg)
@@ -121,6 +127,7 @@ class SPGModel(nn.Module):
             image_size=image_size or stored.get("image_size"),
         )
         self.temperature = temperature or stored.get("temperature", 0.07)
+        self.dictionary = dictionary
         self.num_atoms = num_atoms
         self.k = k
         self.sae_epochs = sae_epochs
@@ -301,14 +308,17 @@ class SPGModel(nn.Module):
         with torch.inference_mode(mode=False), torch.enable_grad():
             for layer, block in enumerate(self.backbone.layers):
                 start = time.perf_counter()
-                sae = TopKSAE(self.backbone.embed_dim, self.num_atoms, self.k).to(device)
                 recorder = _EpochLog(log, f"block{block}")
-                name = f"dictionary, block {block}"
-                alive = train_sae(sae, self._patches[layer], self.sae_epochs, log=recorder, description=name)
+                atoms = alive = None
+                if self.dictionary:
+                    sae = TopKSAE(self.backbone.embed_dim, self.num_atoms, self.k).to(device)
+                    name = f"dictionary, block {block}"
+                    alive = train_sae(sae, self._patches[layer], self.sae_epochs, log=recorder, description=name)
+                    atoms = sae.dictionary.detach()
                 middle = time.perf_counter()
                 train_guides(
                     self.guides[layer],
-                    sae.dictionary.detach(),
+                    atoms,
                     alive,
                     self._patches[layer],
                     self._pooled[layer],
@@ -358,6 +368,7 @@ class SPGModel(nn.Module):
             "mean": self.backbone.mean,
             "std": self.backbone.std,
             "settings": {
+                "dictionary": self.dictionary,
                 "num_atoms": self.num_atoms,
                 "k": self.k,
                 "sae_epochs": self.sae_epochs,

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from anomalib_spg.guides import Guides, read_guides, save_guides, to_pixels, train_guides
 
 
-def learn(epochs: int = 40, **arguments) -> tuple[Guides, torch.Tensor]:
+def learn(epochs: int = 40, free: bool = False, **arguments) -> tuple[Guides, torch.Tensor]:
     """Learn on a world where one direction means anomalous."""
     torch.manual_seed(0)
     dictionary = torch.eye(8)
@@ -33,7 +33,8 @@ def learn(epochs: int = 40, **arguments) -> tuple[Guides, torch.Tensor]:
     labels = [bool(mask.any()) for mask in masks]
     alive = torch.ones(8, dtype=torch.bool)
     alive[7] = False
-    train_guides(guides, dictionary, alive, patches, pooled, masks, labels, (2, 2), 2, epochs=epochs, **arguments)
+    atoms, usable = (None, None) if free else (dictionary, alive)
+    train_guides(guides, atoms, usable, patches, pooled, masks, labels, (2, 2), 2, epochs=epochs, **arguments)
     return guides, torch.stack(patches)
 
 
@@ -72,6 +73,19 @@ def test_to_pixels_is_aligned(grid: tuple[int, int]) -> None:
     pixels = to_pixels(patch_map, 5, (grid[0] * 5 - 2, grid[1] * 5 - 1))
     assert pixels.shape == (1, grid[0] * 5 - 2, grid[1] * 5 - 1)
     torch.testing.assert_close(pixels[0, 2::5, 2::5], patch_map[0])
+
+
+@pytest.mark.parametrize("arguments", [{"ema_warmup": True}, {"ema_decay": 0.0}])
+def test_free_vectors_are_a_control(arguments: dict, tmp_path: Path) -> None:
+    """Without a dictionary the guides are any vectors; they find the direction too, and travel in the same file."""
+    guides, patches = learn(free=True, epochs=80, **arguments)
+    probability = guides.local_probability(patches, 0.07)
+    assert probability[1::2, 1].min() > 0.9
+    assert probability[::2].max() < 0.2
+    assert (guides.vectors < 0).any(), "free, so not a sum of atoms with non-negative coefficients"
+    assert (guides.coefficients > 0).sum() == 4
+    tensors, _ = read_guides(save_guides(tmp_path / "guides.safetensors", [guides], {}))
+    torch.testing.assert_close(tensors["0.vectors"], guides.vectors)
 
 
 @pytest.mark.parametrize("arguments", [{"ema_warmup": True}, {"ema_decay": 0.0}])
