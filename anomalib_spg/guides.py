@@ -18,6 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from .distributed import average_processes, num_processes, share
 from .losses import dice_loss, focal_loss
 
 logger = logging.getLogger(__name__)
@@ -188,6 +189,8 @@ def train_guides(
 ) -> None:
     """Learn the four guides on cached tokens and masks.
 
+    Where processes train together, each on its own images, gradients are averaged: all end with the same guides.
+
     Args:
         guides (Guides): Receives the result.
         dictionary (torch.Tensor | None): Unit-norm atoms ``(C, D)``, on the device to train on. ``None`` learns free
@@ -201,7 +204,7 @@ def train_guides(
         patch_size (int): Side of a patch in pixels.
         temperature (float): Softmax temperature of the local guides. Defaults to 0.07 (paper).
         epochs (int): Passes over the images. Defaults to 15 (paper).
-        batch_size (int): Images per step. Defaults to 8 (paper).
+        batch_size (int): Images per step, over all processes. Defaults to 8 (paper).
         learning_rate (float): Adam's step size. Defaults to 1e-2 (paper).
         sparsity (float): Weight of the guides' mean L1 norm. Defaults to 1e-3 (paper).
         top_k (int | None): Keep only that many coefficients per guide. Defaults to ``None`` (paper).
@@ -231,6 +234,8 @@ def train_guides(
             raise ValueError(msg)
         atoms = dictionary.detach()[atom_indices]
         coefficients = _Coefficients(len(atoms), top_k).to(device)
+    share(coefficients.parameters())
+    batch_size = max(1, batch_size // num_processes())
     decay = ema_decay
 
     def average(kept: torch.Tensor, new: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
@@ -261,9 +266,11 @@ def train_guides(
                 l1 = sparsity * weights.sum(dim=1).mean()
                 optimizer.zero_grad()
                 (detection + segmentation + l1).backward()
+                average_processes(parameter.grad for parameter in coefficients.parameters())
                 optimizer.step()
                 averaged.update_parameters(coefficients)
                 totals += torch.stack([detection, segmentation, l1]).detach() * len(batch)
+            average_processes([totals])
             losses = dict(zip(("detection_loss", "segmentation_loss", "sparsity_loss"), totals.tolist(), strict=True))
             losses = {name: value / len(patches) for name, value in losses.items()}
             progress.set_postfix(loss=f"{sum(losses.values()):.4f}")

@@ -30,7 +30,8 @@ from .guides import read_guides
 from .post_processor import OrderPreservingPostProcessor
 from .pre_processor import default_pre_processor
 from .synthesis import AnomalySynthesizer
-from .torch_model import GIB, SPGModel
+from .token_store import GIB, TokenStore, check_space
+from .torch_model import SPGModel
 from .unreadable import NameUnreadableImages
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,9 @@ class SPG(MemoryBankMixin, AnomalibModule):
         top_fraction (float): Share of pixels for ``"top"``. Defaults to 0.01.
         cls_weight (float): Weight of the score by the pooled token against that of the map. Defaults to 0 (paper).
         memory_limit (float): Most memory stored tokens and masks may take, in GiB. Defaults to 16 (ours).
+        tokens_dir (str | Path | None): Folder where they go when they need more. It is emptied once the guides are
+            saved; what an interrupted run leaves there, the same command takes up. ``None`` refuses instead. Defaults
+            to ``"tokens"`` (ours).
         seed (int | None): Seed everything with it before fitting, since ``anomalib train --seed_everything`` does not
             (anomalib 2.7 accepts the option and ignores it). ``None`` leaves the process's seed. Defaults to ``None``.
         pre_processor (nn.Module | bool, optional): Pre-processor instance or flag to use the default.
@@ -122,6 +126,7 @@ class SPG(MemoryBankMixin, AnomalibModule):
         top_fraction: float = 0.01,
         cls_weight: float = 0.0,
         memory_limit: float = 16.0,
+        tokens_dir: str | Path | None = "tokens",
         seed: int | None = None,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
@@ -140,6 +145,7 @@ class SPG(MemoryBankMixin, AnomalibModule):
         )
         self.guides = guides
         self.seed = seed
+        self.tokens_dir = tokens_dir
         self.views = views
         self.synthesizer = AnomalySynthesizer()
         self.model: SPGModel = SPGModel(
@@ -222,23 +228,57 @@ class SPG(MemoryBankMixin, AnomalibModule):
         if stage == "fit" and len(getattr(datamodule, "train_data", [None])) == 0:
             msg = f"The training set of {datamodule.name} is empty. Check the datamodule's root, category and folders."
             raise ValueError(msg)
+        if stage == "fit" and self.trainer.world_size > 1:
+            # Lightning joins processes only if some parameter wants a gradient, and SPG has none: its stages average
+            # their own. So a small parameter of the frozen backbone pretends; its gradient is always zero.
+            min(self.model.backbone.parameters(), key=torch.Tensor.numel).requires_grad_()
 
     def on_train_start(self) -> None:
-        """Say what will be learned from, and refuse what does not fit the memory limit before it takes time."""
+        """Say what will be learned from, and decide where the tokens go, before it takes time.
+
+        Raises:
+            MemoryError: If they need more than the memory limit and there is no ``tokens_dir``.
+            OSError: If the disk of ``tokens_dir`` is too small for them.
+        """
         if self.guides is not None:
             logger.info("SPG uses the guides in %s; nothing is trained.", self.guides)
             return
         dataset = self.trainer.train_dataloader.dataset
         labelled = self._is_labelled(dataset)
-        total = len(dataset) * (1 if labelled else self.views)
+        images = len(self.trainer.train_dataloader.sampler)  # this process's share
+        total = images * (1 if labelled else self.views)
         size = self.input_size or self.model.backbone.image_size
-        self.model.check_memory(total, size)
+        need = self.model.memory_need(total, size)
+        place = "in memory"
+        if need > self.model.memory_limit * GIB and self.tokens_dir is not None:
+            self.model.store = TokenStore(self.tokens_dir, self._tokens_identity(dataset))
+            if not len(self.model.store):
+                check_space(self.tokens_dir, need)
+            place = f"in {self.model.store.path}, with {len(self.model.store)} images there already"
+        else:
+            self.model.check_memory(total, size)
         logger.info(
-            "SPG learns from %s: %d passes through the backbone, tokens take %.2f GiB.",
-            "labelled images" if labelled else f"synthetic anomalies, {self.views} views of {len(dataset)} images",
+            "SPG learns from %s: %d passes through the backbone, tokens take %.2f GiB %s.",
+            "labelled images" if labelled else f"synthetic anomalies, {self.views} views of {images} images",
             total,
-            self.model.memory_need(total, size) / GIB,
+            need / GIB,
+            place,
         )
+
+    def _tokens_identity(self, dataset: Any) -> dict[str, Any]:  # noqa: ANN401
+        """What decides the tokens: they may be taken up by a run of which all this is equal."""
+        paths = [Path(path) for path in dataset.samples.image_path] if hasattr(dataset, "samples") else []
+        weights = self.model.backbone.weights
+        files = [*paths, *([Path(weights)] if weights is not None else [])]
+        stats = [(str(path), path.stat().st_size, path.stat().st_mtime) for path in sorted(files)]
+        return {
+            **self._identity(),
+            "input_size": self.input_size,
+            "views": None if self._is_labelled(dataset) else self.views,
+            "seed": self.seed,
+            "process": [self.trainer.global_rank, self.trainer.world_size],
+            "files": stats,
+        }
 
     @staticmethod
     def _is_labelled(dataset: Any) -> bool:  # noqa: ANN401  # any dataset a user may bring
@@ -260,19 +300,30 @@ class SPG(MemoryBankMixin, AnomalibModule):
         """
         del args, kwargs
         if self.guides is None:
-            if self._is_labelled(self.trainer.train_dataloader.dataset):
-                if batch.gt_mask is None:
-                    msg = (
-                        "SPG learns from masks, but the training images have none "
-                        f"(first: {batch.image_path[0] if batch.image_path else 'unknown'}). Give the dataset's masks, "
-                        "or train on normal images only."
-                    )
-                    raise ValueError(msg)
-                self.model(batch.image, batch.gt_mask, batch.gt_label)
-            else:
-                for _ in tqdm(range(self.views), desc="views", unit="view", leave=False, disable=self.views == 1):
-                    self.model(*self.synthesizer(batch.image))
-        return torch.tensor(0.0, requires_grad=True, device=self.device)
+            labelled = self._is_labelled(self.trainer.train_dataloader.dataset)
+            if labelled and batch.gt_mask is None:
+                msg = (
+                    "SPG learns from masks, but the training images have none "
+                    f"(first: {batch.image_path[0] if batch.image_path else 'unknown'}). Give the dataset's masks, "
+                    "or train on normal images only."
+                )
+                raise ValueError(msg)
+            views = 1 if labelled else self.views
+            for view in tqdm(range(views), desc="views", unit="view", leave=False, disable=views == 1):
+                names = [f"{path}#{view}" for path in batch.image_path or []]
+                # those an interrupted run has not passed
+                new = [index for index in range(len(batch.image)) if not names or names[index] not in self.model.store]
+                if not new:
+                    continue
+                names = [names[index] for index in new] if names else None
+                images = batch.image[new]
+                if labelled:
+                    self.model(images, batch.gt_mask[new], batch.gt_label[new], names)
+                else:
+                    images, masks = self.synthesizer(images)
+                    self.model(images, masks, names=names)
+        trained = [parameter.sum() for parameter in self.model.parameters() if parameter.requires_grad]
+        return 0 * sum(trained) if trained else torch.tensor(0.0, requires_grad=True, device=self.device)
 
     def fit(self) -> None:
         """Learn dictionary and guides from the stored tokens, and save the guides file."""
@@ -286,14 +337,17 @@ class SPG(MemoryBankMixin, AnomalibModule):
         self.model.fit(log)
         datamodule = getattr(self.trainer, "datamodule", None)
         dataset = self.trainer.train_dataloader.dataset
-        path = self.model.save_guides(
-            Path(self.trainer.default_root_dir) / "weights" / "guides.safetensors",
-            dataset=getattr(datamodule, "name", None),
-            category=getattr(datamodule, "category", None),
-            categories=getattr(datamodule, "auxiliary_categories", None),
-            images=len(dataset),
-            labels="labelled" if self._is_labelled(dataset) else "synthetic",
-        )
+        path = Path(self.trainer.default_root_dir) / "weights" / "guides.safetensors"
+        if self.trainer.is_global_zero:
+            self.model.save_guides(
+                path,
+                dataset=getattr(datamodule, "name", None),
+                category=getattr(datamodule, "category", None),
+                categories=getattr(datamodule, "auxiliary_categories", None),
+                images=len(dataset),
+                labels="labelled" if self._is_labelled(dataset) else "synthetic",
+            )
+        self.model.store.clear()
         logger.info("Seconds spent: %s.", ", ".join(f"{name} {s:.0f}" for name, s in self.model.seconds.items()))
         logger.info("Guides saved to %s. SPG(guides=...) uses them on other data without training.", path)
 
@@ -340,10 +394,10 @@ class SPG(MemoryBankMixin, AnomalibModule):
         """Trainer arguments of SPG.
 
         Returns:
-            dict[str, Any]: One epoch on one device, because the images are passed once and the stages run on stored
-                tokens; with a guides file a single batch, because nothing is learned.
+            dict[str, Any]: One epoch, because the images are passed once and the stages run on stored tokens; with a
+                guides file a single batch, because nothing is learned.
         """
-        arguments = {"gradient_clip_val": 0, "max_epochs": 1, "num_sanity_val_steps": 0, "devices": 1}
+        arguments = {"gradient_clip_val": 0, "max_epochs": 1, "num_sanity_val_steps": 0}
         return arguments | ({"limit_train_batches": 1} if self.guides is not None else {})
 
     @property

@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
+from .distributed import any_process, average_processes, num_processes, share
+
 FIRE_THRESHOLD = 1e-3  # an atom counts as fired above this activation (paper)
 
 
@@ -163,8 +165,10 @@ class TopKSAE(nn.Module):
         reconstruction = self.decode(code)
         loss = F.mse_loss(reconstruction, tokens)
         with torch.no_grad():
-            self.tokens_since_fired += len(tokens)
-            self.tokens_since_fired[code.atoms[code.activations > FIRE_THRESHOLD]] = 0
+            fired = torch.zeros_like(self.tokens_since_fired, dtype=torch.bool)
+            fired[code.atoms[code.activations > FIRE_THRESHOLD]] = True
+            self.tokens_since_fired += len(tokens) * num_processes()
+            self.tokens_since_fired[any_process(fired)] = 0
         dead = torch.nonzero(self.tokens_since_fired > self.dead_after).squeeze(1)
         if len(dead):
             # The dead atoms learn what the living ones leave over; that residual is a target, not a path for gradients.
@@ -191,11 +195,13 @@ def train_sae(
 ) -> torch.Tensor:
     """Train a sparse autoencoder on cached patch tokens.
 
+    Where processes train together, each on its own images, gradients are averaged: all end with the same autoencoder.
+
     Args:
         sae (TopKSAE): The autoencoder, on the device to train on.
         tokens (list[torch.Tensor]): Patch tokens ``(N, D)`` of each image, in any precision, on any device.
         epochs (int): Passes over the images. Defaults to 50 (paper).
-        batch_size (int): Images per step. Defaults to 16 (paper).
+        batch_size (int): Images per step, over all processes. Defaults to 16 (paper).
         learning_rate (float): Adam's step size. Defaults to 1e-3 (paper).
         log (Callable): Receives ``{"sae_loss": mean over the epoch}`` after every epoch.
         description (str): Name shown beside the progress bar.
@@ -204,6 +210,8 @@ def train_sae(
         torch.Tensor: Boolean mask ``(C,)`` of the atoms that fire at least once over all tokens.
     """
     device = sae.dictionary.device
+    share(sae.parameters())
+    batch_size = max(1, batch_size // num_processes())
     optimizer = torch.optim.Adam(sae.parameters(), lr=learning_rate, betas=(0.5, 0.999), fused=True)
     with tqdm(range(epochs), desc=description, unit="epoch") as progress:
         for _ in progress:
@@ -212,9 +220,11 @@ def train_sae(
                 loss = sae.loss(torch.cat([tokens[i] for i in batch]).to(device, torch.float32))
                 optimizer.zero_grad()
                 loss.backward()
+                average_processes(parameter.grad for parameter in sae.parameters())
                 optimizer.step()
                 sae.normalize_atoms()
                 total += loss.detach() * len(batch)
+            average_processes([total])
             mean = total.item() / len(tokens)
             progress.set_postfix(loss=f"{mean:.4f}")
             log({"sae_loss": mean})
@@ -224,4 +234,4 @@ def train_sae(
         for start in range(0, len(tokens), batch_size):
             code = sae.encode(torch.cat(tokens[start : start + batch_size]).to(device, torch.float32))
             alive[code.atoms[code.activations > FIRE_THRESHOLD]] = True
-    return alive
+    return any_process(alive)

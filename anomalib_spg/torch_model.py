@@ -18,12 +18,12 @@ from torch import nn
 
 from .anomaly_map import AnomalyMapGenerator
 from .backbone import DEFAULT_BACKBONE, Backbone
+from .distributed import any_process
 from .guides import Guides, read_guides, save_guides, train_guides
 from .sae import TopKSAE, train_sae
+from .token_store import GIB, TokenStore
 
 logger = logging.getLogger(__name__)
-
-GIB = 2**30
 
 
 class SPGModel(nn.Module):
@@ -157,11 +157,7 @@ class SPGModel(nn.Module):
                 msg = f"The guides file '{guides}' is damaged or of another backbone: {exception}"
                 raise ValueError(msg) from exception
 
-        self._patches: list[list[torch.Tensor]] = [[] for _ in self.backbone.layers]
-        self._pooled: list[list[torch.Tensor]] = [[] for _ in self.backbone.layers]
-        self._masks: list[torch.Tensor] = []
-        self._labels: list[bool] = []
-        self._grid: tuple[int, int] = (0, 0)
+        self.store = TokenStore()
         self.seconds: dict[str, float] = {"backbone": 0.0, "sae": 0.0, "guides": 0.0}
 
     @property
@@ -203,8 +199,8 @@ class SPGModel(nn.Module):
         if need > self.memory_limit:
             msg = (
                 f"The tokens of {num_images} images of {image_size[0]}x{image_size[1]} need {need:.2f} GiB of memory, "
-                f"memory_limit is {self.memory_limit} GiB. Raise it if there is more, or use fewer images, views "
-                "or layers, or a smaller image_size."
+                f"memory_limit is {self.memory_limit} GiB. Raise it if there is more, keep them on disk with "
+                "tokens_dir, or use fewer images, views or layers, or a smaller image_size."
             )
             raise MemoryError(msg)
 
@@ -213,6 +209,7 @@ class SPGModel(nn.Module):
         images: torch.Tensor,
         masks: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        names: Sequence[str] | None = None,
     ) -> InferenceBatch | torch.Tensor:
         """Store tokens (training mode) or find anomalies (evaluation mode).
 
@@ -221,6 +218,7 @@ class SPGModel(nn.Module):
             masks (torch.Tensor | None): Training mode only: anomaly masks ``(B, H, W)``.
             labels (torch.Tensor | None): Training mode only: image labels ``(B,)``, 1 for anomalous. ``None`` takes
                 images whose mask has a pixel.
+            names (Sequence[str] | None): Training mode only: names of the images, see :class:`TokenStore`.
 
         Returns:
             InferenceBatch | torch.Tensor: ``pred_score`` ``(B,)`` and ``anomaly_map`` ``(B, 1, H, W)``, both in [0, 1];
@@ -232,7 +230,7 @@ class SPGModel(nn.Module):
         """
         size = (images.shape[-2], images.shape[-1])
         if self.training:
-            return self._store(images, masks, labels, size)
+            return self._store(images, masks, labels, names, size)
         tokens = self.backbone(images)
         if not torch.compiler.is_compiling() and not self.is_fitted:
             msg = "SPG has no guides yet. Train it, or give a guides file: SPG(guides=<file>)."
@@ -264,6 +262,7 @@ class SPGModel(nn.Module):
         images: torch.Tensor,
         masks: torch.Tensor | None,
         labels: torch.Tensor | None,
+        names: Sequence[str] | None,
         size: tuple[int, int],
     ) -> torch.Tensor:
         if masks is None or masks.shape[-2:] != size or len(masks) != len(images):
@@ -272,20 +271,18 @@ class SPGModel(nn.Module):
                 f"SPG learns from images with masks of their size: for images {tuple(images.shape)} there are {found}."
             )
             raise ValueError(msg)
-        self.check_memory(len(self._masks) + len(images), size)
+        if self.store.path is None:
+            self.check_memory(len(self.store) + len(images), size)
         start = time.perf_counter()
         tokens = self.backbone(images)
-        self._grid = tokens.grid
-        for layer, (patches, pooled) in enumerate(zip(tokens.patches, tokens.pooled, strict=True)):
-            self._patches[layer].extend(patches.half().cpu())
-            self._pooled[layer].extend(pooled.half().cpu())
-        self._masks.extend((masks > 0).cpu())
-        self._labels.extend((masks.flatten(1).any(dim=1) if labels is None else labels).tolist())
+        self.store.add(tokens, masks, (masks.flatten(1).any(dim=1) if labels is None else labels).tolist(), names)
         self.seconds["backbone"] += time.perf_counter() - start
         return tokens.patches[-1]
 
     def fit(self, log: Callable[[dict[str, float], int], None] = lambda *_: None) -> None:
         """Learn dictionary and guides from the stored tokens, layer by layer, and forget the tokens.
+
+        Files of tokens on disk stay until :meth:`TokenStore.clear`, so that they survive what comes next.
 
         Args:
             log (Callable): Receives losses by name and the epoch they belong to.
@@ -293,17 +290,17 @@ class SPGModel(nn.Module):
         Raises:
             ValueError: If nothing was stored, or no image, or every image, is anomalous.
         """
-        if not self._masks:
+        store = self.store
+        if not len(store):
             msg = "SPG has no training images to learn from. Is the training set empty?"
             raise ValueError(msg)
-        anomalous = sum(map(bool, self._labels))
-        if anomalous in {0, len(self._masks)}:
-            missing = "anomalous (with a mask)" if anomalous == 0 else "normal"
-            msg = (
-                f"SPG learns from normal and anomalous images; none of the {len(self._masks)} stored ones is {missing}."
-            )
-            raise ValueError(msg)
         device = self.guides[0].vectors.device
+        kinds = torch.tensor([any(store.labels), not all(store.labels)], device=device)
+        has_anomalous, has_normal = any_process(kinds).tolist()
+        if not (has_anomalous and has_normal):
+            missing = "normal" if has_anomalous else "anomalous (with a mask)"
+            msg = f"SPG learns from normal and anomalous images; none of the {len(store)} stored ones is {missing}."
+            raise ValueError(msg)
         # Validation hooks, where Lightning may call this, run in inference mode; learning needs gradients.
         with torch.inference_mode(mode=False), torch.enable_grad():
             for layer, block in enumerate(self.backbone.layers):
@@ -313,18 +310,18 @@ class SPGModel(nn.Module):
                 if self.dictionary:
                     sae = TopKSAE(self.backbone.embed_dim, self.num_atoms, self.k).to(device)
                     name = f"dictionary, block {block}"
-                    alive = train_sae(sae, self._patches[layer], self.sae_epochs, log=recorder, description=name)
+                    alive = train_sae(sae, store.patches[layer], self.sae_epochs, log=recorder, description=name)
                     atoms = sae.dictionary.detach()
                 middle = time.perf_counter()
                 train_guides(
                     self.guides[layer],
                     atoms,
                     alive,
-                    self._patches[layer],
-                    self._pooled[layer],
-                    self._masks,
-                    self._labels,
-                    self._grid,
+                    store.patches[layer],
+                    store.pooled[layer],
+                    store.masks,
+                    store.labels,
+                    store.grid,
                     self.backbone.patch_size,
                     temperature=self.temperature,
                     epochs=self.guide_epochs,
@@ -335,10 +332,11 @@ class SPGModel(nn.Module):
                     log=_EpochLog(log, f"block{block}"),
                     description=f"guides, block {block}",
                 )
-                self._patches[layer], self._pooled[layer] = [], []
+                store.patches[layer], store.pooled[layer] = [], []
                 self.seconds["sae"] += middle - start
                 self.seconds["guides"] += time.perf_counter() - middle
-        self._masks, self._labels = [], []
+        if store.path is None:
+            store.clear()
 
     def save_guides(self, path: str | Path, **trained_on: Any) -> Path:  # noqa: ANN401
         """Write the guides, and what is needed to use them right, to a safetensors file.

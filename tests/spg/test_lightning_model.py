@@ -46,6 +46,19 @@ def data(mvtec: Path, **arguments: Any) -> MVTecAD:
     return MVTecAD(**{**defaults, **arguments})
 
 
+def auxiliary(mvtec: Path, visa: Path) -> AuxiliaryTarget:
+    """Labelled auxiliary data of two categories, and a target."""
+    return AuxiliaryTarget(
+        auxiliary="MVTecAD",
+        auxiliary_args={"root": mvtec},
+        auxiliary_categories=["brick", "grass"],
+        target="Visa",
+        target_args={"root": visa, "category": "gravel"},
+        num_workers=0,
+        train_batch_size=5,
+    )
+
+
 def engine(folder: Path, **arguments: Any) -> Engine:
     """An engine on the CPU that writes below a folder."""
     return Engine(default_root_dir=folder, accelerator="cpu", enable_progress_bar=False, **arguments)
@@ -167,15 +180,7 @@ def test_same_seed_same_result(mvtec: Path, tmp_path: Path) -> None:
 def test_labelled_auxiliary_data(mvtec: Path, visa: Path, tmp_path: Path) -> None:
     """With labels nothing is drawn: each image passes once, with its own mask and label."""
     model = build(views=5)
-    datamodule = AuxiliaryTarget(
-        auxiliary="MVTecAD",
-        auxiliary_args={"root": mvtec},
-        auxiliary_categories=["brick", "grass"],
-        target="Visa",
-        target_args={"root": visa, "category": "gravel"},
-        num_workers=0,
-        train_batch_size=5,
-    )
+    datamodule = auxiliary(mvtec, visa)
     passed = []
     with patch.object(model, "synthesizer", side_effect=AssertionError("drew on labelled data")):
         hook = model.model.backbone.register_forward_pre_hook(lambda _, inputs: passed.append(len(inputs[0])))
@@ -191,10 +196,40 @@ def test_labelled_auxiliary_data(mvtec: Path, visa: Path, tmp_path: Path) -> Non
 
 def test_memory_limit_is_checked_before_the_first_pass(mvtec: Path, tmp_path: Path) -> None:
     """The need of all views is known beforehand."""
-    model = build(memory_limit=1e-5)
+    model = build(memory_limit=1e-5, tokens_dir=None)
     with pytest.raises(MemoryError, match="tokens of 8 images of 64x64 need"):
         engine(tmp_path).fit(model=model, datamodule=data(mvtec))
-    assert not model.model._masks
+    assert not len(model.model.store)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_tokens_beyond_the_memory_limit_go_to_disk(
+    labelled: bool, mvtec: Path, visa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On disk as in memory; an interrupted run goes on without the backbone; nothing is left behind."""
+    monkeypatch.chdir(tmp_path)
+
+    def datamodule() -> Any:
+        return auxiliary(mvtec, visa) if labelled else data(mvtec)
+
+    def vectors(model: SPG) -> torch.Tensor:
+        engine(tmp_path).fit(model=model, datamodule=datamodule())
+        return model.model.guides[0].vectors
+
+    expected = vectors(build(seed=0))
+    assert not Path("tokens").exists(), "what fits memory stays there"
+    assert torch.equal(vectors(build(seed=0, memory_limit=0)), expected)
+    assert not Path("tokens").exists(), "the folder is emptied"
+
+    with patch("anomalib_spg.torch_model.train_sae", side_effect=KeyboardInterrupt), pytest.raises(SystemExit):
+        vectors(build(seed=0, memory_limit=0))
+    assert list(Path("tokens").rglob("*.safetensors"))
+    model = build(seed=0, memory_limit=0)
+    with patch.object(model.model, "_store", side_effect=AssertionError("passed again")):
+        resumed = vectors(model)
+    if labelled:  # drawing anomalies moves the random numbers that the dictionary starts from
+        assert torch.equal(resumed, expected)
+    assert not Path("tokens").exists()
 
 
 def test_unreadable_image_is_named(tmp_path: Path) -> None:

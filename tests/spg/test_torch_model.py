@@ -124,7 +124,8 @@ def test_memory_is_stated_and_checked() -> None:
     """The need is what is really stored, and too much is refused before it is stored."""
     model = build(layers=[2, 5]).train()
     model(torch.randn(3, 3, 64, 64), torch.zeros(3, 64, 64))
-    stored = [*model._patches[0], *model._patches[1], *model._pooled[0], *model._pooled[1], *model._masks]
+    store = model.store
+    stored = [*store.patches[0], *store.patches[1], *store.pooled[0], *store.pooled[1], *store.masks]
     assert sum(tensor.numel() * tensor.element_size() for tensor in stored) == model.memory_need(3, (64, 64))
     model.memory_limit = model.memory_need(5, (64, 64)) / 2**30
     with pytest.raises(MemoryError, match="6 images of 64x64 need.*memory_limit"):

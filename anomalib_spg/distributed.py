@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What the two stages need when several processes train together, each on its share of the images.
+
+Without a process group every function here leaves its argument as it is.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import distributed
+
+
+def num_processes() -> int:
+    """Number of processes that train together."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def share(tensors: Iterable[torch.Tensor]) -> None:
+    """Give every process the first one's tensors, in place.
+
+    Args:
+        tensors (Iterable[torch.Tensor]): The same shapes in every process.
+    """
+    if num_processes() > 1:
+        for tensor in tensors:
+            distributed.broadcast(tensor.detach(), src=0)
+
+
+def average_processes(tensors: Iterable[torch.Tensor | None]) -> None:
+    """Replace tensors, gradients for instance, by their mean over the processes, in place.
+
+    Args:
+        tensors (Iterable[torch.Tensor | None]): The same shapes in every process; ``None`` is passed over.
+    """
+    processes = num_processes()
+    if processes > 1:
+        for tensor in tensors:
+            if tensor is not None:
+                distributed.all_reduce(tensor)
+                tensor.div_(processes)
+
+
+def any_process(mask: torch.Tensor) -> torch.Tensor:
+    """Combine a boolean mask over the processes by "or".
+
+    Args:
+        mask (torch.Tensor): Boolean mask of the same shape in every process.
+
+    Returns:
+        torch.Tensor: The combined mask.
+
+    Example:
+        >>> any_process(torch.tensor([True, False]))  # one process
+        tensor([ True, False])
+    """
+    if num_processes() == 1:
+        return mask
+    counts = mask.int()
+    distributed.all_reduce(counts)
+    return counts > 0

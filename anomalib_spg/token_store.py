@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Where the tokens of the training images wait for the two stages: in memory, or memory-mapped on disk."""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from .backbone import Tokens
+
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
+
+
+class TokenStore:
+    """Half-precision tokens, masks and labels of training images.
+
+    In memory, or with a folder on disk: every batch is then written to a file of its own and its tensors are
+    memory-mapped, so that the system keeps in memory what fits and drops the rest. A run that is interrupted leaves its
+    files; a store of the same folder and identity opens them again, and :attr:`restored` tells which images need not
+    pass the backbone a second time.
+
+    Args:
+        folder (str | Path | None): Folder to write below. ``None`` keeps everything in memory. Defaults to ``None``.
+        identity (dict[str, Any] | None): Plain data that tells these tokens from others: backbone, layers, image size,
+            data. It names the folder's subfolder. Defaults to ``None``.
+
+    Attributes:
+        patches (list[list[torch.Tensor]]): Patch tokens ``(N, D)`` of every image, by layer.
+        pooled (list[list[torch.Tensor]]): Pooled token ``(D,)`` of every image, by layer.
+        masks (list[torch.Tensor]): Boolean mask ``(H, W)`` of every image.
+        labels (list[bool]): Whether each image is anomalous.
+        grid (tuple[int, int]): Rows and columns of patches.
+        restored (set[str]): Names of the images that an interrupted run left.
+        path (Path | None): The subfolder with this store's files.
+
+    Example:
+        >>> store = TokenStore()
+        >>> store.add(Tokens([torch.rand(2, 6, 4)], [torch.rand(2, 4)], (2, 3)), torch.zeros(2, 8, 12), [False, True])
+        >>> len(store), store.patches[0][1].shape, store.patches[0][1].dtype
+        (2, torch.Size([6, 4]), torch.float16)
+    """
+
+    def __init__(self, folder: str | Path | None = None, identity: dict[str, Any] | None = None) -> None:
+        self._forget()
+        self.path: Path | None = None
+        if folder is None:
+            return
+        digest = hashlib.sha256(json.dumps(identity or {}, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        self.path = Path(folder) / digest
+        self.path.mkdir(parents=True, exist_ok=True)
+        for unfinished in self.path.glob("*.tmp"):
+            unfinished.unlink()
+        for file in sorted(self.path.glob("*.safetensors")):
+            self._restore(file)
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.labels)
+
+    def __contains__(self, name: str) -> bool:
+        """Whether an interrupted run has left the image of that name."""
+        return name in self.restored
+
+    def add(
+        self,
+        tokens: Tokens,
+        masks: torch.Tensor,
+        labels: Sequence[bool],
+        names: Sequence[str] | None = None,
+    ) -> None:
+        """Store a batch.
+
+        Args:
+            tokens (Tokens): Tokens of ``B`` images.
+            masks (torch.Tensor): Anomaly masks ``(B, H, W)``.
+            labels (Sequence[bool]): Whether each image is anomalous, ``B`` of them.
+            names (Sequence[str] | None): Names to know the images by after an interruption. Defaults to ``None``.
+
+        Raises:
+            OSError: If the disk is full. What was stored before stays.
+        """
+        tensors = {"masks": (masks > 0).cpu(), "labels": torch.tensor([bool(label) for label in labels])}
+        for layer, (patches, pooled) in enumerate(zip(tokens.patches, tokens.pooled, strict=True)):
+            tensors |= {f"patches.{layer}": patches.half().cpu(), f"pooled.{layer}": pooled.half().cpu()}
+        if self.path is not None:
+            file = self.path / f"{self._files:06}.safetensors"
+            self._write(file, tensors, {"grid": json.dumps(tokens.grid), "names": json.dumps(list(names or []))})
+            tensors = load_file(file)
+        self._append(tensors, tokens.grid)
+
+    def clear(self) -> None:
+        """Forget everything, and delete the files; what is stored next is kept in memory."""
+        self._forget()
+        if self.path is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            with suppress(OSError):  # it holds another run's tokens
+                self.path.parent.rmdir()
+            self.path = None
+
+    def _forget(self) -> None:
+        self.patches: list[list[torch.Tensor]] = []
+        self.pooled: list[list[torch.Tensor]] = []
+        self.masks: list[torch.Tensor] = []
+        self.labels: list[bool] = []
+        self.grid: tuple[int, int] = (0, 0)
+        self.restored: set[str] = set()
+        self._files = 0
+
+    def _append(self, tensors: dict[str, torch.Tensor], grid: tuple[int, int]) -> None:
+        layers = sum(name.startswith("patches.") for name in tensors)
+        self.patches = self.patches or [[] for _ in range(layers)]
+        self.pooled = self.pooled or [[] for _ in range(layers)]
+        for layer in range(layers):
+            self.patches[layer].extend(tensors[f"patches.{layer}"])
+            self.pooled[layer].extend(tensors[f"pooled.{layer}"])
+        self.masks.extend(tensors["masks"])
+        self.labels.extend(tensors["labels"].tolist())
+        self.grid = (grid[0], grid[1])
+        self._files += 1
+
+    @staticmethod
+    def _write(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+        temporary = file.with_suffix(".tmp")
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+            temporary.replace(file)
+        except (OSError, SafetensorError) as exception:
+            temporary.unlink(missing_ok=True)
+            msg = (
+                f"Could not store tokens in '{file.parent}': {exception}. Make room and run the same command again; it "
+                "goes on where it stopped. tokens_dir puts them on another disk."
+            )
+            raise OSError(msg) from exception
+
+    def _restore(self, file: Path) -> None:
+        number = int(file.stem)
+        try:
+            with safe_open(str(file), framework="pt") as opened:
+                metadata = opened.metadata()
+            tensors = load_file(file)
+        except (OSError, SafetensorError) as exception:
+            logger.warning("Cannot read the tokens in '%s' (%s); their images are passed again.", file, exception)
+            file.unlink(missing_ok=True)
+            return
+        self._append(tensors, json.loads(metadata["grid"]))
+        self._files = number + 1
+        self.restored.update(json.loads(metadata["names"]))
+
+
+def check_space(folder: str | Path, need: int) -> None:
+    """Refuse to store what would not fit on the disk.
+
+    Args:
+        folder (str | Path): Where it would go; it need not exist.
+        need (int): Bytes.
+
+    Raises:
+        OSError: If the disk has less free space.
+    """
+    existing = next(path for path in [Path(folder).absolute(), *Path(folder).absolute().parents] if path.exists())
+    free = shutil.disk_usage(existing).free
+    if need > free:
+        msg = (
+            f"The tokens need {need / GIB:.2f} GiB on the disk of '{folder}', which has {free / GIB:.2f} GiB free. "
+            "Give another disk's folder as tokens_dir, or use fewer images, views or layers, or a smaller image_size."
+        )
+        raise OSError(msg)

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Tokens in memory and on disk."""
+
+import shutil
+from itertools import chain
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from anomalib_spg.backbone import Tokens
+from anomalib_spg.token_store import TokenStore, check_space
+
+
+def batch(images: int = 2, layers: int = 2) -> tuple[Tokens, torch.Tensor, list[bool]]:
+    """Random tokens of a batch."""
+    tokens = Tokens(
+        [torch.randn(images, 6, 4) for _ in range(layers)], [torch.randn(images, 4) for _ in range(layers)], (2, 3)
+    )
+    return tokens, torch.rand(images, 8, 12) > 0.5, [True] + [False] * (images - 1)
+
+
+def same(first: TokenStore, second: TokenStore) -> bool:
+    """Whether two stores hold the same."""
+    kinds = ((*first.patches, *first.pooled, first.masks), (*second.patches, *second.pooled, second.masks))
+    pairs = zip(chain(*kinds[0]), chain(*kinds[1]), strict=True)
+    return all(torch.equal(one, other) for one, other in pairs) and first.labels == second.labels
+
+
+def test_disk_holds_what_memory_holds(tmp_path: Path) -> None:
+    """The same tensors come back, in half precision, and clearing leaves no file."""
+    memory, disk = TokenStore(), TokenStore(tmp_path / "tokens", {"layers": [1]})
+    for _ in range(3):
+        stored = batch()
+        memory.add(*stored)
+        disk.add(*stored)
+    assert len(disk) == 6
+    assert disk.grid == memory.grid == (2, 3)
+    assert disk.patches[1][5].dtype == torch.float16
+    torch.testing.assert_close(disk.patches[1][5], stored[0].patches[1][1].half())
+    assert same(memory, disk)
+    assert len(list(disk.path.glob("*.safetensors"))) == 3
+    disk.clear()
+    assert len(disk) == 0
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_interrupted_run_goes_on(tmp_path: Path) -> None:
+    """What was stored is there again, by name; a file that was being written is not; other tokens are left alone."""
+    first = TokenStore(tmp_path, {"backbone": "a"})
+    first.add(*batch(), names=["x.png#0", "y.png#0"])
+    (first.path / "000001.tmp").write_bytes(b"half a file")
+    other = TokenStore(tmp_path, {"backbone": "b"})
+    assert len(other) == 0
+    again = TokenStore(tmp_path, {"backbone": "a"})
+    assert same(first, again)
+    assert "x.png#0" in again
+    assert "z.png#0" not in again
+    assert not list(again.path.glob("*.tmp"))
+    again.add(*batch(), names=["z.png#0", "w.png#0"])
+    assert len(TokenStore(tmp_path, {"backbone": "a"})) == 4
+    again.clear()
+    assert other.path.exists()
+
+
+def test_damaged_file_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its images are not restored, so they pass the backbone again."""
+    store = TokenStore(tmp_path)
+    store.add(*batch(), names=["a", "b"])
+    store.add(*batch(), names=["c", "d"])
+    (store.path / "000000.safetensors").write_bytes(b"damaged")
+    again = TokenStore(tmp_path)
+    assert again.restored == {"c", "d"}
+    assert "000000.safetensors" in caplog.text
+    again.add(*batch(), names=["a", "b"])
+    assert len(TokenStore(tmp_path)) == 4
+
+
+def test_full_disk(tmp_path: Path) -> None:
+    """The message says what to do, what was stored stays, and no half file is left."""
+    store = TokenStore(tmp_path)
+    store.add(*batch(), names=["a", "b"])
+
+    def full(tensors: dict, path: Path, metadata: dict) -> None:
+        save_file(tensors, path, metadata)
+        raise OSError(28, "No space left on device")
+
+    with (
+        patch("anomalib_spg.token_store.save_file", full),
+        pytest.raises(OSError, match=r"No space left.*same command again"),
+    ):
+        store.add(*batch(), names=["c", "d"])
+    assert [path.name for path in store.path.iterdir()] == ["000000.safetensors"]
+    assert len(TokenStore(tmp_path)) == 2
+
+
+def test_space_is_checked_first(tmp_path: Path) -> None:
+    """More than the disk has is refused, also for a folder that is not there yet."""
+    free = shutil.disk_usage(tmp_path).free
+    check_space(tmp_path / "not" / "there", free // 2)
+    with pytest.raises(OSError, match=r"GiB free\. Give another disk's folder"):
+        check_space(tmp_path / "not" / "there", free * 2)
