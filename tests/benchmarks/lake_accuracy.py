@@ -78,43 +78,49 @@ class Source:
         return roc_auc_score(self.labels, scores), pixel
 
 
+def read(model: LAKE, root: Path, limit: int | None = None) -> dict[str, torch.Tensor]:
+    """Raw tokens of all blocks, labels and masks of one category in MVTec AD's layout; each image passes once."""
+    train, good, bad = sorted((root / "train/good").iterdir()), [], []
+    for folder in sorted((root / "test").iterdir()):
+        (good if folder.name == "good" else bad).extend(sorted(folder.iterdir()))
+    good, bad = good[:limit], bad[:limit]
+    masks = torch.zeros(len(good) + len(bad), 448, 448, dtype=torch.bool)
+    for number, path in enumerate(bad, start=len(good)):
+        for mask in (root / "ground_truth" / path.parent.name).glob(f"{path.stem}*"):
+            masks[number] = resize(read_image(mask, as_tensor=True)[:1], [448, 448])[0] > 0.5
+    stored = {"labels": torch.tensor([0] * len(good) + [1] * len(bad)), "masks": masks}
+    for key, paths in (("train", train), ("test", good + bad)):
+        images = (model.pre_processor.transform(read_image(path, as_tensor=True))[None] for path in paths)
+        stored[key] = torch.stack([
+            tokens(model, image)[0] for image in tqdm(images, f"{root.name}, {key}", len(paths))
+        ])
+    return stored
+
+
+def tokens(model: LAKE, images: torch.Tensor) -> torch.Tensor:
+    """Raw tokens ``(B, blocks, N, D)`` in half precision."""
+    with torch.inference_mode():
+        return torch.stack(list(model.model.tokens(images)[0].values()), dim=1).half()
+
+
+def backbone(data: Path) -> LAKE:
+    """The real DINOv2-S/14, giving raw tokens of all :data:`BLOCKS`."""
+    weights = data / "dinov2_vits14.safetensors"
+    model = LAKE(BACKBONE, layers=BLOCKS, weights=weights, image_size=448, visualizer=False).eval()
+    model.model.backbone.load_weights()
+    return model
+
+
 def collect(data: Path, cache: Path) -> dict[str, Source]:
     """Pass every image through the backbone once, or read what a former run kept."""
-    model = LAKE(
-        BACKBONE, layers=BLOCKS, weights=data / "dinov2_vits14.safetensors", image_size=448, visualizer=False
-    ).eval()
+    model = backbone(data)
     make_mvtec(cache / "textures")
     sources = {}
     for name in SOURCES:
         file = cache / f"{name}.pt"
         if not file.exists():
-            root = data / "textile" if name == "textile" else cache / "textures" / name
-            limit = 60 if name == "textile" else None
-            train = sorted((root / "train/good").iterdir())
-            good = sorted((root / "test/good").iterdir())[:limit]
-            bad = [
-                path
-                for kind in sorted((root / "test").iterdir())
-                if kind.name != "good"
-                for path in sorted(kind.iterdir())
-            ]
-            bad = bad[:limit]
-            masks = torch.zeros(len(good) + len(bad), 448, 448, dtype=torch.bool)
-            if name != "textile":
-                for number, path in enumerate(bad, start=len(good)):
-                    mask = root / "ground_truth" / path.parent.name / f"{path.stem}_mask.png"
-                    masks[number] = resize(read_image(mask, as_tensor=True)[:1], [448, 448])[0] > 0.5
-            stored = {"labels": torch.tensor([0] * len(good) + [1] * len(bad)), "masks": masks}
-            for key, paths in (("train", train), ("test", good + bad)):
-                tokens = []
-                for path in tqdm(paths, desc=f"{name}, {key}"):
-                    image = model.pre_processor.transform(read_image(path, as_tensor=True))[None]
-                    with torch.inference_mode():
-                        by_block = model.model.tokens(image)[0]
-                    tokens.append(torch.cat([by_block[block] for block in BLOCKS]).half())
-                stored[key] = torch.stack(tokens)
-            torch.save(stored, file)
-        model.model.backbone.load_weights()
+            root, limit = (data / "textile", 60) if name == "textile" else (cache / "textures" / name, None)
+            torch.save(read(model, root, limit), file)
         sources[name] = Source(torch.load(file, mmap=True, weights_only=True), model.model.backbone.vit.norm)
     return sources
 
