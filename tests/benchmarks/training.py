@@ -153,7 +153,8 @@ def scale(arguments: argparse.Namespace) -> None:
         store = TokenStore(folder, {"images": images})
         try:
             storing, step = store_and_train(store, images, arguments.device)
-            row = f"{'memory' if folder is None else 'disk'} | {storing:.1f} | {step:.3f} | {memory('RssAnon', 'RssShmem') - before:.1f}"
+            held = memory("RssAnon", "RssShmem") - before
+            row = f"{'memory' if folder is None else 'disk'} | {storing:.1f} | {step:.3f} | {held:.1f}"
         finally:
             store.clear()
         print(f"| {images} | {images * need:.1f} | {row} |", flush=True)

@@ -216,6 +216,33 @@ def test_benchmark(name: str, folder: Path, trained: str, tmp_path: Path, anomal
     assert table[["image_AUROC", "image_AveragePrecision", "pixel_AUROC", "pixel_AUPRO"]].notna().all(axis=None)
 
 
+def test_two_processes(tmp_path: Path, mvtec: Path, visa: Path, anomalib_command: Callable[..., str]) -> None:
+    """Lightning's own strategy divides the images; the checkpoint is one that a single process reads."""
+    model = {"backbone": "vit_tiny_patch16_224", "pre_trained": False, "layers": [3], "image_size": 64}
+    model |= {"num_atoms": 64, "k": 8, "sae_epochs": 2, "guide_epochs": 3, "seed": 0, "visualizer": False}
+    data = {"auxiliary": "MVTecAD", "auxiliary_args": {"root": str(mvtec)}, "auxiliary_categories": ["brick", "grass"]}
+    data |= {"target": "Visa", "target_args": {"root": str(visa), "category": "gravel"}, "num_workers": 0}
+    config = {
+        "model": {"class_path": "SPG", "init_args": model},
+        "data": {"class_path": "anomalib_spg.AuxiliaryTarget", "init_args": data},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    several = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    printed = anomalib_command("train", "--config", "config.yaml", *several, folder=tmp_path, OMP_NUM_THREADS="1")
+    # 16 labelled images, 8 for each process
+    assert len(re.findall(r"INFO - SPG learns from labelled images: 8 passes", printed)) == 2
+    # anomalib makes a versioned folder in each process; the first one's is written to
+    weights = tmp_path / "results/SPG/MVTecAD_to_Visa/gravel/v0/weights"
+    assert (weights / "guides.safetensors").is_file()
+    alone = ["--trainer.accelerator", "cpu", "--ckpt_path", weights / "lightning/model.ckpt"]
+    again = anomalib_command("test", "--config", "config.yaml", *alone, folder=tmp_path)
+
+    def metrics(text: str) -> dict[str, float]:
+        return {name: float(value) for name, value in re.findall(r"(image_AUROC|pixel_AUROC)\D+([\d.]+)", text)}
+
+    assert metrics(printed) == pytest.approx(metrics(again), abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
