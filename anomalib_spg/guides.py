@@ -260,9 +260,7 @@ def train_guides(
                 detection = F.cross_entropy(cosines, targets[batch.to(device)])
                 local = anomaly_probability(x, vectors[2], vectors[3], temperature)
                 p_anomaly = to_pixels(local.view(-1, *grid), patch_size, size)
-                segmentation = (
-                    focal_loss(p_anomaly, mask) + dice_loss(p_anomaly, mask) + dice_loss(1 - p_anomaly, 1 - mask)
-                )
+                segmentation = focal_loss(p_anomaly, mask) + dice_loss(p_anomaly, mask)
                 l1 = sparsity * weights.sum(dim=1).mean()
                 optimizer.zero_grad()
                 (detection + segmentation + l1).backward()

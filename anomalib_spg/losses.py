@@ -29,25 +29,30 @@ def focal_loss(
         tensor(0.1733)
     """
     target = mask.clamp(smoothing, 1 - smoothing)
-    p_target = target * p_anomaly + (1 - target) * (1 - p_anomaly) + smoothing
+    p_target = torch.addcmul(1 - target + smoothing, p_anomaly, 2 * target - 1)  # t p + (1 - t) (1 - p)
     return (-((1 - p_target).clamp(min=0) ** gamma) * p_target.log()).mean()
 
 
-def dice_loss(probability: torch.Tensor, target: torch.Tensor, smoothing: float = 1.0) -> torch.Tensor:
-    r"""Dice loss :math:`1 - (2 \sum p t + s) / (\sum p + \sum t + s)` per image, averaged over the batch.
+def dice_loss(p_anomaly: torch.Tensor, mask: torch.Tensor, smoothing: float = 1.0) -> torch.Tensor:
+    r"""Dice loss :math:`1 - (2 \sum p t + s) / (\sum p + \sum t + s)` per image, averaged, of both classes added.
+
+    The sums over the normal class, :math:`1 - p` and :math:`1 - t`, follow from those over the anomalous one.
 
     Args:
-        probability (torch.Tensor): Predicted probabilities ``(B, ...)``.
-        target (torch.Tensor): Ground truth ``(B, ...)``, 0 or 1.
+        p_anomaly (torch.Tensor): Probability of the anomalous class ``(B, ...)``, in ``[0, 1]``.
+        mask (torch.Tensor): Ground truth of that shape, 0 or 1.
         smoothing (float): Added to both sides of the fraction. Defaults to 1 (paper).
 
     Returns:
-        torch.Tensor: Scalar loss.
+        torch.Tensor: Scalar loss, in ``[0, 2]``.
 
     Example:
         >>> dice_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]]))
         tensor(0.)
     """
-    probability, target = probability.flatten(1), target.flatten(1)
-    overlap = (probability * target).sum(dim=1)
-    return (1 - (2 * overlap + smoothing) / (probability.sum(dim=1) + target.sum(dim=1) + smoothing)).mean()
+    p_anomaly, mask = p_anomaly.flatten(1), mask.flatten(1)
+    both, predicted, true = (p_anomaly * mask).sum(dim=1), p_anomaly.sum(dim=1), mask.sum(dim=1)
+    neither = p_anomaly.shape[1] - predicted - true + both
+    anomalous = 1 - (2 * both + smoothing) / (predicted + true + smoothing)
+    normal = 1 - (2 * neither + smoothing) / (2 * p_anomaly.shape[1] - predicted - true + smoothing)
+    return (anomalous + normal).mean()

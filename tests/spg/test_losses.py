@@ -24,7 +24,7 @@ def test_focal_loss_smoothing_is_that_of_the_paper() -> None:
 
 
 def test_dice_loss() -> None:
-    """1 - (2 * 1.1 + 1) / (1.6 + 2 + 1) for the first image; the second is empty and predicted so."""
+    """Anomalous class 1 - (2 * 1.1 + 1) / (1.6 + 2 + 1), normal class 1 - (2 * 0.5 + 1) / (1.4 + 1 + 1); then none."""
     p = torch.tensor([[0.8, 0.3, 0.5], [0.0, 0.0, 0.0]])
-    target = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
-    assert dice_loss(p, target).item() == pytest.approx((1 - 3.2 / 4.6 + 0) / 2)
+    mask = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    assert dice_loss(p, mask).item() == pytest.approx(((1 - 3.2 / 4.6) + (1 - 2 / 3.4) + 0) / 2)
