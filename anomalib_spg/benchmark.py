@@ -31,6 +31,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import get_datamodule
 from anomalib.engine import Engine
 from anomalib.models import AnomalibModule, get_model
@@ -38,14 +39,13 @@ from anomalib.pipelines.components import Job, JobGenerator
 from anomalib.pipelines.components.base import Pipeline, Runner
 from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
 from anomalib.utils.config import flatten_dict
-from anomalib.utils.logging import LoggerRedirectError, hide_output, redirect_logs
+from anomalib.utils.logging import LoggerRedirectError, hide_output
 from jsonargparse import ArgumentParser, Namespace
 from lightning import seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from .evaluator import default_evaluator
 from .post_processor import OrderPreservingPostProcessor, RawScorePostProcessor
-from .results_table import read_results, results_table
+from .results_table import identify, read_results, results_table
 
 logger = logging.getLogger(__name__)
 
@@ -194,19 +194,18 @@ class ResumingRunner(Runner):
         jobs = list(self.generator(args, prev_stage_results))
         path = self.generator.output / "results.csv"
         done = {row["job"] for row in _read_rows(path)}
-        todo = [job for job in jobs if job.key not in done]
+        todo = [(job, name) for job, name in zip(jobs, names(jobs), strict=True) if job.key not in done]
         print(f"{len(jobs)} jobs, {len(jobs) - len(todo)} of them in {path} already", flush=True)
         results, failures = [], []
-        for number, job in enumerate(todo, start=len(jobs) - len(todo) + 1):
-            what = describe(job, jobs)
-            print(f"[{number}/{len(jobs)}] {what} ...", flush=True)
+        for number, (job, name) in enumerate(todo, start=len(jobs) - len(todo) + 1):
+            print(f"[{number}/{len(jobs)}] {name}", flush=True)
             start = time.time()
             try:
                 row = job.run()
             except LoggerRedirectError as wrapped:
                 error = wrapped.__cause__ or wrapped
-                logger.exception("%s failed", what)
-                failures.append(f"{what}: {type(error).__name__}: {error}")
+                logger.exception("%s failed", name)
+                failures.append(name)
                 print(f"    FAILED after {time.time() - start:.1f} s: {type(error).__name__}: {error}", flush=True)
                 continue
             results.append(row)
@@ -214,7 +213,7 @@ class ResumingRunner(Runner):
             auroc = f", image AUROC {row['image_AUROC']:.3f}" if "image_AUROC" in row else ""
             print(f"    {row['job_duration']:.1f} s{auroc}", flush=True)
         if failures:
-            msg = "\n  ".join([f"{len(failures)} of {len(jobs)} jobs failed:", *failures])
+            msg = "\n  ".join([f"{len(failures)} of {len(jobs)} jobs failed, see above:", *failures])
             raise RuntimeError(msg)
         return self.generator.job_class.collect(results)
 
@@ -256,12 +255,12 @@ class Benchmark(Pipeline):
             raise ValueError(msg)
         output = Path(args.output or Path("runs/benchmark") / Path(args.config).stem)
         runners = self._setup_runners({**config, "output": output})
-        redirect_logs(str(output / "benchmark.log"))
+        _log_to(output / "benchmark.log")
         try:
             for runner in runners:
                 runner.run(config["benchmark"])
         finally:
-            if (output / "results.csv").exists():
+            if _read_rows(output / "results.csv"):
                 print(f"\n{results_table(read_results(output / 'results.csv'))}", flush=True)
 
     @staticmethod
@@ -333,11 +332,21 @@ def training_config(config: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def describe(job: BenchmarkJob, jobs: list[BenchmarkJob]) -> str:
-    """Name a job by its model and by what differs between the jobs."""
-    varying = [key for key in job.flat if len({str(other.flat.get(key)) for other in jobs}) > 1]
-    settings = [f"{key.split('.')[-1]}={job.flat[key]}" for key in varying if not key.endswith("class_path")]
-    return " ".join([job.flat["model.class_path"].split(".")[-1], *settings])
+def names(jobs: list[BenchmarkJob]) -> list[str]:
+    """Name jobs by what distinguishes them: method, dataset, category, seed."""
+    settings = pd.DataFrame([{key: str(value) for key, value in job.flat.items()} for job in jobs]).fillna("")
+    return [f"{row.method}; {row.dataset} {row.category}; seed {row.seed}" for row in identify(settings).itertuples()]
+
+
+def _log_to(path: Path) -> None:
+    """Send what is logged to a file; anomalib's own redirect_logs writes every line several times."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(
+        filename=path, level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", force=True
+    )
+    for name in logging.root.manager.loggerDict:
+        logging.getLogger(name).handlers.clear()
+    logging.captureWarnings(capture=True)
 
 
 def _digest(value: Any) -> str:  # noqa: ANN401
@@ -369,9 +378,10 @@ def _write(path: Path, content: bytes) -> None:
 
 def main() -> None:
     """Command line: ``python -m anomalib_spg.benchmark --config FILE [--output FOLDER]``."""
+    args = Benchmark.get_parser().parse_args()
     try:
-        Benchmark().run()
-    except KeyboardInterrupt:
+        Benchmark().run(args)
+    except (KeyboardInterrupt, SystemExit):  # Lightning turns the former into the latter
         sys.exit("\nInterrupted. The same command goes on with the jobs that are left.")
     except (OSError, RuntimeError, ValueError) as exception:
         sys.exit(f"error: {exception}")

@@ -25,7 +25,7 @@ METRICS = {
 }
 _SEEDS = ("seed", "model.init_args.seed", "data.init_args.seed")
 # Settings that tell no method from another: what is tested, where it lies, how it is read.
-_NO_METHOD = {"class_path", "category", "target", "root", "eval_batch_size", "num_workers", "seed"}
+_NO_METHOD = {"class_path", "category", "auxiliary", "target", "root", "eval_batch_size", "num_workers", "seed"}
 _NONE = "\u2013"
 
 
@@ -69,32 +69,55 @@ def read_results(*paths: str | Path) -> pd.DataFrame:
             raise ValueError(msg)
         parts.append(part)
     frame = pd.concat(parts, ignore_index=True).fillna("")
-    settings = [name for name in frame if name == "accelerator" or name.startswith(("model.", "data."))]
+    result = identify(frame)
+    for metric in METRICS:
+        result[metric] = pd.to_numeric(frame.get(metric, ""), errors="coerce")
+    return result.drop_duplicates(["dataset", "category", "method", "seed"], keep="last").reset_index(drop=True)
 
-    def first(*names: str, default: str) -> pd.Series:
+
+def identify(frame: pd.DataFrame) -> pd.DataFrame:
+    """Name what was tested on what in every row of a benchmark.
+
+    Args:
+        frame (pd.DataFrame): Settings as texts in columns like ``model.init_args.k_shot``; empty where there is none.
+
+    Returns:
+        pd.DataFrame: Columns ``dataset``, ``category``, ``method`` and ``seed``.
+
+    Example:
+        >>> identify(pd.DataFrame({
+        ...     "seed": "0", "model.class_path": "LAKE", "model.init_args.k_shot": ["1", "4"],
+        ...     "data.class_path": "Visa", "data.init_args.category": "candle",
+        ... }))
+          dataset category           method seed
+        0    Visa   candle  LAKE, k_shot=1    0
+        1    Visa   candle  LAKE, k_shot=4    0
+    """
+
+    def first(*names: str, default: str = "") -> pd.Series:
         values = pd.Series("", index=frame.index)
         for name in names:
             values = values.where(values != "", frame.get(name, ""))
         return values.where(values != "", default)
 
+    auxiliary = first("data.init_args.auxiliary")
     result = pd.DataFrame({
-        "dataset": first("data.init_args.target", "data.class_path", default="").str.split(".").str[-1],
+        "dataset": first("data.init_args.target", "data.class_path").str.split(".").str[-1],
         "category": first(
             "data.init_args.target_args.category", "data.init_args.category", "data.init_args.name", default="all"
         ),
-        "method": frame["model.class_path"].str.split(".").str[-1],
-        "seed": frame[[name for name in _SEEDS if name in frame]].agg("/".join, axis=1),
+        "method": frame["model.class_path"].str.split(".").str[-1] + (" from " + auxiliary).where(auxiliary != "", ""),
+        "seed": frame[[name for name in _SEEDS if name in frame]].agg("/".join, axis=1).str.rstrip("/"),
     })
-    telling = [name for name in settings if name.split(".")[-1] not in _NO_METHOD]
+    settings = [name for name in frame if name == "accelerator" or name.startswith(("model.", "data."))]
+    settings = [name for name in settings if name.split(".")[-1] not in _NO_METHOD]
     for _, rows in result.groupby(["dataset", "method"]):
-        group = frame.loc[rows.index, telling]
-        varying = [name for name in telling if len(group[name].unique()) > 1]
+        group = frame.loc[rows.index, settings]
+        varying = [name for name in settings if len(group[name].unique()) > 1]
         for index in rows.index:
             shown = [f"{name.split('.')[-1]}={group[name][index]}" for name in varying if group[name][index]]
             result.loc[index, "method"] = ", ".join([result["method"][index], *shown])
-    for metric in METRICS:
-        result[metric] = pd.to_numeric(frame.get(metric, ""), errors="coerce")
-    return result.drop_duplicates(["dataset", "category", "method", "seed"], keep="last").reset_index(drop=True)
+    return result
 
 
 def make_tables(results: pd.DataFrame) -> Iterator[Table]:
