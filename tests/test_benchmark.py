@@ -27,18 +27,27 @@ SPG |= {"num_atoms": 32, "k": 4, "sae_epochs": 1, "guide_epochs": 1}
 PATCHCORE = {"backbone": "resnet18", "pre_trained": False}
 SMALL = {"eval_batch_size": 3, "train_batch_size": 2, "num_workers": 0}  # batches of unequal size
 ZERO_SHOT = """
+import torch
 from anomalib import LearningType
+from anomalib.data import InferenceBatch
 from anomalib.models import AnomalibModule
 from anomalib.post_processing import PostProcessor
+
+class Torch(torch.nn.Module):
+    def forward(self, images):
+        maps = 50 * images.mean(dim=1, keepdim=True)
+        return InferenceBatch(pred_score=maps.amax(dim=(1, 2, 3)), anomaly_map=maps)
 
 class Brightness(AnomalibModule):
     learning_type = LearningType.ZERO_SHOT
     trainer_arguments = {}
     configure_post_processor = staticmethod(PostProcessor)
+    def __init__(self):
+        super().__init__()
+        self.model = Torch()
     def configure_optimizers(self): ...
     def validation_step(self, batch, *args, **kwargs):
-        maps = 50 * batch.image.mean(dim=1, keepdim=True)
-        return batch.update(pred_score=maps.amax(dim=(1, 2, 3)), anomaly_map=maps)
+        return batch.update(**self.model(batch.image)._asdict())
 """
 POINTS = """
 [anomalib.data]
