@@ -50,7 +50,7 @@ from .results_table import identify, read_results, results_table
 logger = logging.getLogger(__name__)
 
 # Arguments without effect on the guides that are learned.
-_INFERENCE_ONLY = ("image_score", "top_fraction", "cls_weight", "sigma", "memory_limit")
+_INFERENCE_ONLY = ("image_score", "top_fraction", "cls_weight", "sigma", "memory_limit", "tokens_dir")
 _TARGET_ONLY = ("target", "target_args", "eval_batch_size", "num_workers")
 
 

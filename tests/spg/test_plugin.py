@@ -27,7 +27,8 @@ assert type(anomalib.models).__name__ == "module"
 
 def python(code: str, folder: Path, *paths: Path) -> str:
     """Run code in a new interpreter, with folders put before the installed packages."""
-    environment = {"PYTHONPATH": os.pathsep.join(map(str, paths))} if paths else {}
+    inherited = [path for path in [os.environ.get("PYTHONPATH")] if path]
+    environment = {"PYTHONPATH": os.pathsep.join([*map(str, paths), *inherited])} if paths else {}
     return run_command([sys.executable, "-c", code], folder, **environment)
 
 
@@ -106,11 +107,11 @@ def test_other_plugins_are_found_too(tmp_path: Path) -> None:
     "first", ["", "import anomalib.data", "from anomalib_spg import AuxiliaryTarget", "import torch"]
 )
 def test_datamodules_are_found(first: str, tmp_path: Path) -> None:
-    """By bare name and class path, whatever is imported first; anomalib's own are not taken over."""
+    """By bare name and class path once a model is imported, whatever came first; anomalib's own are not taken over."""
     points = "[anomalib.data]\nAuxiliaryTarget = anomalib_spg:AuxiliaryTarget\nVisa = anomalib_spg:AuxiliaryTarget\n"
     fake_distribution(tmp_path, "mine", points, "")
     code = """
-import anomalib.models
+from anomalib.models import get_model
 from anomalib.data import get_datamodule
 for name in ("AuxiliaryTarget", "anomalib_spg.AuxiliaryTarget"):
     arguments = {"auxiliary": "Visa", "target": "MVTecAD", "target_args": {"category": "wood"}}
