@@ -25,7 +25,7 @@ METRICS = {
 }
 _SEEDS = ("seed", "model.init_args.seed", "data.init_args.seed")
 # Settings that tell no method from another: what is tested, where it lies, how it is read.
-_NO_METHOD = {"class_path", "category", "auxiliary", "target", "root", "eval_batch_size", "num_workers", "seed"}
+_NO_METHOD = {"class_path", "category", "target", "root", "eval_batch_size", "num_workers", "seed"}
 _NONE = "\u2013"
 
 
