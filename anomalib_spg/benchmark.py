@@ -365,7 +365,8 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def _append_row(path: Path, row: dict[str, Any]) -> None:
-    _write(path, BenchmarkJob.collect([*_read_rows(path), row]).to_csv(index=False).encode())
+    texts = {name: "" if value is None else str(value) for name, value in row.items()}
+    _write(path, BenchmarkJob.collect([*_read_rows(path), texts]).to_csv(index=False).encode())
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -136,6 +136,12 @@ class RawScorePostProcessor(OrderPreservingPostProcessor):
                 setattr(outputs, field, squash(getattr(outputs, field)))
         super().on_validation_batch_end(trainer, pl_module, outputs, *args, **kwargs)
 
+    def normalize_batch(self, batch: Batch) -> None:
+        """As the base class, after flattening: AnomalyDINO has scores ``(B, 1)``, which not every metric takes."""
+        if batch.pred_score is not None:
+            batch.pred_score = batch.pred_score.flatten()
+        super().normalize_batch(batch)
+
     @staticmethod
     def _normalize(
         preds: torch.Tensor | None,
