@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Makes installed plugin models known to anomalib, without a change to anomalib or to the user's commands.
+"""Makes installed plugin models and datamodules known to anomalib, without a change to anomalib or to its commands.
 
-anomalib itself has no discovery of third-party models. torch, however, calls every entry point of the group
+anomalib itself has no discovery of third-party code. torch, however, calls every entry point of the group
 ``torch.backends`` at the end of ``import torch`` (its autoload, off with ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``).
 :func:`autoload` is declared there and does nothing but ask to be called back once ``anomalib.models`` is imported;
-:func:`register_models` then loads every entry point of the group ``anomalib.models``, of any distribution.
+:func:`register_models` then loads every entry point of the groups ``anomalib.models`` and
+``anomalib.data``, of any distribution.
 
 This module, and the packages' ``__init__``, are imported while torch is still importing, so they must not import it.
 """
@@ -18,7 +19,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-GROUP = "anomalib.models"
+GROUPS = ("anomalib.models", "anomalib.data")  # each named after the module its entry points become attributes of
 
 
 def autoload() -> None:
@@ -29,7 +30,7 @@ def autoload() -> None:
         else:
             sys.meta_path.insert(0, _Finder())
     except Exception as exception:  # noqa: BLE001  # `import torch` must survive whatever goes wrong here
-        warnings.warn(f"anomalib plugin models are not registered: {exception!r}", stacklevel=2)
+        warnings.warn(f"anomalib plugins are not registered: {exception!r}", stacklevel=2)
 
 
 class _Finder:
@@ -56,11 +57,11 @@ class _Finder:
 
 
 def register_models(models: ModuleType | None = None) -> None:
-    """Load the entry points of the group ``anomalib.models`` and make them known to anomalib.
+    """Load the entry points of the groups ``anomalib.models`` and ``anomalib.data`` and make them known to anomalib.
 
-    Each class becomes an attribute of ``anomalib.models`` (for ``class_path: SPG``), and its module one that
-    ``get_model`` may import from (for ``class_path: anomalib_spg.SPG``). An entry point that cannot be loaded costs a
-    warning that names it. Calling this again does no harm.
+    Each class becomes an attribute of the module its group is named after (for ``class_path: SPG``), and a model's
+    module one that ``get_model`` may import from (for ``class_path: anomalib_spg.SPG``). An entry point that cannot be
+    loaded costs a warning that names it. Calling this again does no harm.
 
     Args:
         models (ModuleType | None): The module ``anomalib.models``. ``None`` takes it if it has been imported, and does
@@ -74,33 +75,28 @@ def register_models(models: ModuleType | None = None) -> None:
         models.__class__ = _Awaiting
         return
     awaiting = False
-    points = entry_points(group=GROUP)
+    found = entry_points()  # one call for both groups: each reads the metadata of everything that is installed
+    points = [point for group in GROUPS for point in found.select(group=group)]
     packages = {point.module.split(".")[0] for point in points}
     for entry_point in points:
+        source = f" of {entry_point.dist.name}" if entry_point.dist else ""
+        plugin = f"{entry_point.group} plugin '{entry_point.name} = {entry_point.value}'{source}"
         try:
-            model = entry_point.load()
+            module, value = sys.modules[entry_point.group], entry_point.load()
         except Exception as exception:  # noqa: BLE001  # somebody else's broken package must not break anomalib
             if _is_importing(packages):
                 # A plugin was imported first and is itself importing anomalib: its class, or one that another plugin
                 # builds on, is not there yet.
                 awaiting = True
                 continue
-            source = f" of {entry_point.dist.name}" if entry_point.dist else ""
-            warnings.warn(
-                f"anomalib model '{entry_point.name} = {entry_point.value}'{source} could not be loaded and is left "
-                f"out: {exception!r}",
-                stacklevel=2,
-            )
+            warnings.warn(f"{plugin} could not be loaded and is left out: {exception!r}", stacklevel=2)
             continue
-        if getattr(models, entry_point.name, model) is not model:
-            warnings.warn(
-                f"anomalib model '{entry_point.name} = {entry_point.value}' is left out: anomalib.models has a "
-                f"{entry_point.name} already.",
-                stacklevel=2,
-            )
+        if getattr(module, entry_point.name, value) is not value:
+            message = f"{plugin} is left out: {entry_point.group} has a {entry_point.name} already."
+            warnings.warn(message, stacklevel=2)
             continue
-        setattr(models, entry_point.name, model)
-        getattr(models, "ALLOWED_MODULES", set()).add(entry_point.module)
+        setattr(module, entry_point.name, value)
+        getattr(module, "ALLOWED_MODULES", set()).add(entry_point.module)
     if awaiting:  # only now: the lines above use the module, and would come back here for ever
         models.__class__ = _Awaiting
 

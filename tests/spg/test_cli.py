@@ -196,12 +196,12 @@ def test_exported_graph_has_no_encoder(exported: dict[str, Path]) -> None:
     assert len(attention) == 7  # blocks 0 to 6
 
 
-@pytest.mark.parametrize("name", ["spg_benchmark.yaml", "spg_benchmark_guides.yaml"])
+@pytest.mark.parametrize("name", ["spg_mvtecad.yaml", "spg_guides.yaml"])
 def test_benchmark(name: str, folder: Path, trained: str, tmp_path: Path, anomalib_command: Callable[..., str]) -> None:
     """Our benchmark configs run over categories, with and without a guides file."""
     assert trained
     make_mvtec(tmp_path / "datasets/MVTecAD")
-    config = yaml.safe_load((REPOSITORY / "configs" / name).read_text())
+    config = yaml.safe_load((REPOSITORY / "configs" / "benchmark" / name).read_text())
     model = config["benchmark"]["model"]["init_args"]
     model["weights"] = str(folder / "quickstart/dinov2_vits14.safetensors")
     if "guides" in model:

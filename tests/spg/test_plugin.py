@@ -27,7 +27,8 @@ assert type(anomalib.models).__name__ == "module"
 
 def python(code: str, folder: Path, *paths: Path) -> str:
     """Run code in a new interpreter, with folders put before the installed packages."""
-    environment = {"PYTHONPATH": os.pathsep.join(map(str, paths))} if paths else {}
+    inherited = [path for path in [os.environ.get("PYTHONPATH")] if path]
+    environment = {"PYTHONPATH": os.pathsep.join([*map(str, paths), *inherited])} if paths else {}
     return run_command([sys.executable, "-c", code], folder, **environment)
 
 
@@ -100,6 +101,44 @@ def test_other_plugins_are_found_too(tmp_path: Path) -> None:
         "assert m.Padim.__module__.startswith('anomalib.')"
     )
     assert "anomalib.models has a Padim already" in python(check, tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "first", ["", "import anomalib.data", "from anomalib_spg import AuxiliaryTarget", "import torch"]
+)
+def test_datamodules_are_found(first: str, tmp_path: Path) -> None:
+    """By bare name and class path once a model is imported, whatever came first; anomalib's own are not taken over."""
+    points = "[anomalib.data]\nAuxiliaryTarget = anomalib_spg:AuxiliaryTarget\nVisa = anomalib_spg:AuxiliaryTarget\n"
+    fake_distribution(tmp_path, "mine", points, "")
+    code = """
+from anomalib.models import get_model
+from anomalib.data import get_datamodule
+for name in ("AuxiliaryTarget", "anomalib_spg.AuxiliaryTarget"):
+    arguments = {"auxiliary": "Visa", "target": "MVTecAD", "target_args": {"category": "wood"}}
+    assert get_datamodule({"class_path": name, "init_args": arguments}).category == "wood"
+"""
+    output = python(f"{first}\n{code}{FIND}", tmp_path, tmp_path)
+    assert "anomalib.data plugin 'Visa = anomalib_spg:AuxiliaryTarget' of mine is left out" in output
+
+
+def test_broken_datamodule_costs_a_warning(tmp_path: Path) -> None:
+    """It names the entry point; models and other datamodules work."""
+    fake_distribution(tmp_path, "broken", "[anomalib.data]\nBroken = broken:Data\n", "raise RuntimeError('boom')")
+    output = python(f"import torch\n{FIND}", tmp_path, tmp_path)
+    assert "anomalib.data plugin 'Broken = broken:Data' of broken could not be loaded" in output
+    assert "boom" in output
+
+
+def test_metadata_is_read_once(tmp_path: Path) -> None:
+    """Reading all distributions' entry points takes longer than all the rest."""
+    code = """
+import anomalib_spg.plugin as plugin, importlib.metadata as metadata
+calls = []
+plugin.entry_points = lambda **keywords: calls.append(keywords) or metadata.entry_points(**keywords)
+import anomalib.models
+assert anomalib.models.SPG and len(calls) == 1, calls
+"""
+    python(code, tmp_path)
 
 
 def test_registering_twice_does_no_harm(tmp_path: Path) -> None:

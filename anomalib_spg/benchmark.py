@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""A paper's table in one command, from the YAML that ``anomalib benchmark`` reads.
+
+    python -m anomalib_spg.benchmark --config configs/benchmark/spg_visa_to_mvtecad.yaml
+
+What it does beside ``anomalib benchmark``:
+
+- Models of all learning types run, and models with other arguments and metrics may stand in one file.
+- Every model is rated by the same metrics (:func:`anomalib_spg.evaluator.default_evaluator`) in the order of its raw
+  scores (:class:`anomalib_spg.post_processor.RawScorePostProcessor`).
+- Every finished job is in ``<output>/results.csv`` at once, and the same command goes on where it was interrupted. A
+  failing job is named and the others still run.
+- SPG jobs that would learn the same guides learn them once, into ``<output>/guides``: those that differ only in the
+  target of :class:`anomalib_spg.AuxiliaryTarget`, or in arguments that act at inference only.
+
+Two things may be written that ``anomalib benchmark`` does not know: ``benchmark:`` may be a list of such blocks, and a
+``grid:`` may stand inside an entry of another. A model that takes no image size, as anomalib's own, is given one by
+``image_size:`` beside its ``init_args:``. Jobs run one after another on one device.
+"""
+
+import hashlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pandas as pd
+import torch
+from anomalib.callbacks import ModelCheckpoint
+from anomalib.data import get_datamodule
+from anomalib.engine import Engine
+from anomalib.models import AnomalibModule, get_model
+from anomalib.pipelines.components import Job, JobGenerator
+from anomalib.pipelines.components.base import Pipeline, Runner
+from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
+from anomalib.utils.config import flatten_dict
+from anomalib.utils.logging import LoggerRedirectError, hide_output
+from jsonargparse import ArgumentParser, Namespace
+from lightning import seed_everything
+
+from .evaluator import default_evaluator
+from .post_processor import OrderPreservingPostProcessor, RawScorePostProcessor
+from .results_table import identify, read_results, results_table
+
+logger = logging.getLogger(__name__)
+
+# Arguments without effect on the guides that are learned.
+_INFERENCE_ONLY = ("image_score", "top_fraction", "cls_weight", "sigma", "memory_limit", "tokens_dir")
+_TARGET_ONLY = ("target", "target_args", "eval_batch_size", "num_workers")
+
+
+class BenchmarkJob(Job):
+    """One model on one dataset, with one seed.
+
+    Args:
+        accelerator (str): Where it runs, ``"cpu"`` or ``"cuda"``.
+        config (dict[str, Any]): ``seed``, ``model`` and ``data``, without grids.
+        output (Path): Folder of the results.
+
+    Attributes:
+        key (str): Digest of all that; a row of the results with this key makes the job superfluous.
+        guides (Path | None): Where SPG's guides are shared with other jobs; ``None`` for other models.
+    """
+
+    name = "benchmark"
+
+    def __init__(self, accelerator: str, config: dict[str, Any], output: Path) -> None:
+        super().__init__()
+        self.accelerator = accelerator
+        self.config = config
+        self.flat = {"accelerator": accelerator, **flatten_dict(config)}
+        self.key = _digest(self.flat)
+        training = training_config(config)
+        self.guides = training and output / "guides" / f"{_digest([accelerator, training])}.safetensors"
+
+    @hide_output
+    def run(self, task_id: int | None = None) -> dict[str, Any]:
+        """Fit and test.
+
+        Args:
+            task_id (int | None): Unused; jobs do not run in parallel.
+
+        Returns:
+            dict[str, Any]: The row of the results: key, durations in seconds, configuration, metrics.
+        """
+        del task_id
+        start = time.time()
+        seed_everything(self.config["seed"], workers=True)
+        model, datamodule = self._build_model(), get_datamodule(self.config["data"])
+        with TemporaryDirectory() as folder:
+            engine = Engine(
+                accelerator=self.accelerator,
+                devices=1,
+                default_root_dir=folder,
+                callbacks=[ModelCheckpoint(save_top_k=0)],  # a checkpoint per job would be written for nothing
+            )
+            fit_start = time.time()
+            engine.fit(model=model, datamodule=datamodule)
+            if self.guides and not self.guides.exists():
+                _write(self.guides, (Path(engine.trainer.default_root_dir) / "weights/guides.safetensors").read_bytes())
+            test_start = time.time()
+            metrics = engine.test(model=model, datamodule=datamodule)[0]
+        end = time.time()
+        durations = {"job_duration": end - start, "fit_duration": test_start - fit_start}
+        durations |= {"test_duration": end - test_start}
+        shared = {"guides": self.guides.name} if self.guides else {}
+        return {"job": self.key, **shared, **durations, **self.flat, **metrics}
+
+    def _build_model(self) -> AnomalibModule:
+        config = self.config["model"]
+        if self.guides and self.guides.exists():
+            config = {**config, "init_args": {**config.get("init_args", {}), "guides": str(self.guides)}}
+        model = get_model(config)
+        size = config.get("image_size")
+        if not isinstance(model.post_processor, OrderPreservingPostProcessor):
+            model.post_processor, model.evaluator = RawScorePostProcessor(), default_evaluator()
+            if size is not None:
+                model.pre_processor = model.configure_pre_processor(image_size=(size, size))
+        elif size is not None:
+            msg = f"image_size={size} stands beside init_args, but {model.name} takes it in init_args. Move it there."
+            raise ValueError(msg)
+        model.visualizer = None  # drawing every test image takes longer than some models do
+        return model
+
+    @staticmethod
+    def collect(results: list[dict[str, Any]]) -> pd.DataFrame:
+        """Make a table of rows that need not have the same columns."""
+        return pd.DataFrame(results)
+
+    @staticmethod
+    def save(results: pd.DataFrame) -> None:
+        """Nothing to save: every row has been written when its job was done."""
+
+
+class BenchmarkJobGenerator(JobGenerator):
+    """Makes jobs of the section ``benchmark`` of a config.
+
+    Args:
+        accelerators (list[str]): Accelerators to run every job on.
+        output (Path): Folder of the results.
+    """
+
+    def __init__(self, accelerators: list[str], output: Path) -> None:
+        self.accelerators = accelerators
+        self.output = output
+
+    @property
+    def job_class(self) -> type[Job]:
+        """The class of the jobs."""
+        return BenchmarkJob
+
+    def generate_jobs(self, args: dict | list | None = None, prev_stage_result: Any = None) -> Iterator[BenchmarkJob]:  # noqa: ANN401
+        """Make a job of every combination. Nothing is loaded before a job runs.
+
+        Args:
+            args (dict | list | None): A block of ``seed``, ``model`` and ``data`` with grids, or a list of them.
+            prev_stage_result (Any): Unused.
+
+        Yields:
+            BenchmarkJob: The jobs.
+        """
+        del prev_stage_result
+        for accelerator in self.accelerators:
+            for block in args if isinstance(args, list) else [args or {}]:
+                for config in expand(block):
+                    yield BenchmarkJob(accelerator, config, self.output)
+
+
+class ResumingRunner(Runner):
+    """Runs the jobs whose results are not there yet, one after another, and keeps each result at once.
+
+    Args:
+        generator (BenchmarkJobGenerator): Makes the jobs.
+    """
+
+    def run(self, args: dict | list, prev_stage_results: Any = None) -> pd.DataFrame:  # noqa: ANN401
+        """Run the jobs.
+
+        Args:
+            args (dict | list): Section ``benchmark`` of the config.
+            prev_stage_results (Any): Unused.
+
+        Returns:
+            pd.DataFrame: Results of this run.
+
+        Raises:
+            RuntimeError: If jobs failed, after the others have run; names them.
+        """
+        jobs = list(self.generator(args, prev_stage_results))
+        path = self.generator.output / "results.csv"
+        done = {row["job"] for row in _read_rows(path)}
+        todo = [(job, name) for job, name in zip(jobs, names(jobs), strict=True) if job.key not in done]
+        print(f"{len(jobs)} jobs, {len(jobs) - len(todo)} of them in {path} already", flush=True)
+        results, failures = [], []
+        for number, (job, name) in enumerate(todo, start=len(jobs) - len(todo) + 1):
+            print(f"[{number}/{len(jobs)}] {name}", flush=True)
+            start = time.time()
+            try:
+                row = job.run()
+            except LoggerRedirectError as wrapped:
+                error = wrapped.__cause__ or wrapped
+                logger.exception("%s failed", name)
+                failures.append(name)
+                print(f"    FAILED after {time.time() - start:.1f} s: {type(error).__name__}: {error}", flush=True)
+                continue
+            results.append(row)
+            _append_row(path, row)
+            auroc = f", image AUROC {row['image_AUROC']:.3f}" if "image_AUROC" in row else ""
+            print(f"    {row['job_duration']:.1f} s{auroc}", flush=True)
+        if failures:
+            msg = "\n  ".join([f"{len(failures)} of {len(jobs)} jobs failed, see above:", *failures])
+            raise RuntimeError(msg)
+        return self.generator.job_class.collect(results)
+
+
+class Benchmark(Pipeline):
+    """The pipeline behind ``python -m anomalib_spg.benchmark``.
+
+    Example:
+        >>> Benchmark.get_parser().parse_args(["--config", "configs/benchmark/lake_visa.yaml"]).output is None
+        True
+    """
+
+    @staticmethod
+    def _setup_runners(args: dict) -> list[Runner]:
+        accelerators = args["accelerator"] if isinstance(args["accelerator"], list) else [args["accelerator"]]
+        for accelerator in accelerators:
+            if accelerator not in {"cpu", "cuda"}:
+                msg = f"accelerator '{accelerator}' is unknown; choose cpu or cuda."
+                raise ValueError(msg)
+            if accelerator == "cuda" and not torch.cuda.is_available():
+                msg = "accelerator is cuda, but torch finds no CUDA device here. Set accelerator to cpu in the config."
+                raise ValueError(msg)
+        return [ResumingRunner(BenchmarkJobGenerator(accelerators, Path(args["output"])))]
+
+    def run(self, args: Namespace | None = None) -> None:
+        """Run what the config says, and print the tables of all results in the output folder.
+
+        Args:
+            args (Namespace | None): ``config`` and ``output``; ``None`` takes them from the command line.
+
+        Raises:
+            RuntimeError: If jobs failed.
+            ValueError: If the config is none, or what it says cannot be run.
+        """
+        args = args or self.get_parser().parse_args()
+        config = self._get_args(args)
+        if not isinstance(config, dict) or not {"accelerator", "benchmark"} <= set(config):
+            msg = f"'{args.config}' needs the sections accelerator and benchmark, as configs of `anomalib benchmark`."
+            raise ValueError(msg)
+        output = Path(args.output or Path("runs/benchmark") / Path(args.config).stem)
+        runners = self._setup_runners({**config, "output": output})
+        _log_to(output / "benchmark.log")
+        try:
+            for runner in runners:
+                runner.run(config["benchmark"])
+        finally:
+            if _read_rows(output / "results.csv"):
+                print(f"\n{results_table(read_results(output / 'results.csv'))}", flush=True)
+
+    @staticmethod
+    def get_parser(parser: ArgumentParser | None = None) -> ArgumentParser:
+        """Command line: ``--config`` and ``--output``."""
+        parser = parser or ArgumentParser(
+            prog="python -m anomalib_spg.benchmark", description="A table in one command."
+        )
+        parser.add_argument("--config", type=str, required=True, help="YAML file in the form of `anomalib benchmark`.")
+        parser.add_argument("--output", type=str | None, help="Folder; default: runs/benchmark/<name of the config>.")
+        return parser
+
+
+def expand(block: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Go through all combinations of a block's grids, those inside entries of other grids too.
+
+    Args:
+        block (dict[str, Any]): ``seed``, ``model`` and ``data``, each with or without grids.
+
+    Yields:
+        dict[str, Any]: One combination, without grids.
+
+    Raises:
+        ValueError: If one of the three is missing.
+
+    Example:
+        >>> models = [{"class_path": "SPG"}, {"class_path": "LAKE", "init_args": {"k_shot": {"grid": [1, 4]}}}]
+        >>> for config in expand({"seed": 0, "model": {"grid": models}, "data": {"class_path": "Visa"}}):
+        ...     print(config["model"])
+        {'class_path': 'SPG'}
+        {'class_path': 'LAKE', 'init_args': {'k_shot': 1}}
+        {'class_path': 'LAKE', 'init_args': {'k_shot': 4}}
+    """
+    missing = [name for name in ("seed", "model", "data") if name not in block]
+    if missing:
+        msg = f"A block of the section benchmark lacks {' and '.join(missing)}; it has {', '.join(block) or 'nothing'}."
+        raise ValueError(msg)
+    for config in get_iterator_from_grid_dict(block):
+        if any(name == "grid" for key in flatten_dict(config) for name in key.split(".")):
+            yield from expand(config)
+        else:
+            yield config
+
+
+def training_config(config: dict[str, Any]) -> dict[str, Any] | None:
+    """What SPG's guides depend on.
+
+    Args:
+        config (dict[str, Any]): A job's ``seed``, ``model`` and ``data``.
+
+    Returns:
+        dict[str, Any] | None: The same without the target dataset and without arguments that act at inference only;
+            ``None`` if the job learns no guides.
+
+    Example:
+        >>> job = {"seed": 0, "model": {"class_path": "SPG", "init_args": {"k": 8, "sigma": 2}},
+        ...        "data": {"class_path": "AuxiliaryTarget", "init_args": {"auxiliary": "Visa", "target": "MVTecAD"}}}
+        >>> training_config(job)
+        {'seed': 0, 'model': {'k': 8}, 'data': {'class_path': 'AuxiliaryTarget', 'auxiliary': 'Visa'}}
+    """
+    arguments = config["model"].get("init_args", {})
+    if config["model"]["class_path"].split(".")[-1] != "SPG" or arguments.get("guides"):
+        return None
+    data = {"class_path": config["data"]["class_path"], **config["data"].get("init_args", {})}
+    return {
+        "seed": config["seed"],
+        "model": {name: value for name, value in arguments.items() if name not in _INFERENCE_ONLY},
+        "data": {name: value for name, value in data.items() if name not in _TARGET_ONLY},
+    }
+
+
+def names(jobs: list[BenchmarkJob]) -> list[str]:
+    """Name jobs by what distinguishes them: method, dataset, category, seed."""
+    settings = pd.DataFrame([{key: str(value) for key, value in job.flat.items()} for job in jobs]).fillna("")
+    return [f"{row.method}; {row.dataset} {row.category}; seed {row.seed}" for row in identify(settings).itertuples()]
+
+
+def _log_to(path: Path) -> None:
+    """Send what is logged to a file; anomalib's own redirect_logs writes every line several times."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(
+        filename=path, level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", force=True
+    )
+    for name in logging.root.manager.loggerDict:
+        logging.getLogger(name).handlers.clear()
+    logging.captureWarnings(capture=True)
+
+
+def _digest(value: Any) -> str:  # noqa: ANN401
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    """Rows of the results, everything as it is written: ragged columns would turn numbers into other ones."""
+    if not path.exists():
+        return []
+    rows = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if "job" not in rows:
+        msg = f"'{path}' was not written by anomalib_spg.benchmark (it has no column 'job'). Choose another --output."
+        raise ValueError(msg)
+    return rows.to_dict("records")
+
+
+def _append_row(path: Path, row: dict[str, Any]) -> None:
+    _write(path, BenchmarkJob.collect([*_read_rows(path), row]).to_csv(index=False).encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def main() -> None:
+    """Command line: ``python -m anomalib_spg.benchmark --config FILE [--output FOLDER]``."""
+    args = Benchmark.get_parser().parse_args()
+    try:
+        Benchmark().run(args)
+    except (KeyboardInterrupt, SystemExit):  # Lightning turns the former into the latter
+        sys.exit("\nInterrupted. The same command goes on with the jobs that are left.")
+    except (OSError, RuntimeError, ValueError) as exception:
+        sys.exit(f"error: {exception}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The tables a paper prints, from results of ``anomalib benchmark`` or of :mod:`anomalib_spg.benchmark`.
+
+    python -m anomalib_spg.results_table runs/benchmark/*/results.csv --format latex
+
+For every dataset: the means over its categories, a row for every method; then, for every metric, a table with a row for
+every category and a column for every method. A method is a model with those of its arguments that differ between rows.
+Values are percentages, mean ± standard deviation (n - 1) over the seeds.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+METRICS = {
+    "image_AUROC": "image AUROC",
+    "image_AveragePrecision": "image AP",
+    "pixel_AUROC": "pixel AUROC",
+    "pixel_AUPRO": "pixel AUPRO",
+}
+_SEEDS = ("seed", "model.init_args.seed", "data.init_args.seed")
+# Settings that tell no method from another: what is tested, where it lies, how it is read.
+_NO_METHOD = {"class_path", "category", "auxiliary", "target", "root", "eval_batch_size", "num_workers", "seed"}
+_NONE = "\u2013"
+
+
+class Table(NamedTuple):
+    """A table of texts with a title and a note below it, which may be empty."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+
+def read_results(*paths: str | Path) -> pd.DataFrame:
+    """Read results, and name the method of every row.
+
+    Args:
+        *paths (str | Path): Files ``results.csv``.
+
+    Returns:
+        pd.DataFrame: Columns ``dataset``, ``category``, ``method``, ``seed`` and the metrics, as shares of 1. Where the
+            same method, category and seed occur more than once, the last one.
+
+    Raises:
+        ValueError: If a file does not exist, is no result of a benchmark, or holds none of the metrics.
+    """
+    parts = []
+    for path in paths:
+        try:
+            part = pd.read_csv(path, dtype=str, keep_default_na=False)  # a category may be called 01
+        except (OSError, ValueError) as exception:
+            msg = f"Cannot read '{path}': {exception}. Give the results.csv that a benchmark leaves."
+            raise ValueError(msg) from exception
+        if not {"seed", "model.class_path", "data.class_path"} <= set(part):
+            msg = (
+                f"'{path}' is no result of a benchmark: it has no columns seed, model.class_path and data.class_path. "
+                "Give the results.csv that a benchmark leaves."
+            )
+            raise ValueError(msg)
+        if not set(METRICS) & set(part):
+            msg = f"'{path}' has none of the metrics {', '.join(METRICS)}. Run a benchmark with one of them."
+            raise ValueError(msg)
+        parts.append(part)
+    frame = pd.concat(parts, ignore_index=True).fillna("")
+    result = identify(frame)
+    for metric in METRICS:
+        result[metric] = pd.to_numeric(frame.get(metric, ""), errors="coerce")
+    return result.drop_duplicates(["dataset", "category", "method", "seed"], keep="last").reset_index(drop=True)
+
+
+def identify(frame: pd.DataFrame) -> pd.DataFrame:
+    """Name what was tested on what in every row of a benchmark.
+
+    Args:
+        frame (pd.DataFrame): Settings as texts in columns like ``model.init_args.k_shot``; empty where there is none.
+
+    Returns:
+        pd.DataFrame: Columns ``dataset``, ``category``, ``method`` and ``seed``.
+
+    Example:
+        >>> identify(pd.DataFrame({
+        ...     "seed": "0", "model.class_path": "LAKE", "model.init_args.k_shot": ["1", "4"],
+        ...     "data.class_path": "Visa", "data.init_args.category": "candle",
+        ... }))
+          dataset category           method seed
+        0    Visa   candle  LAKE, k_shot=1    0
+        1    Visa   candle  LAKE, k_shot=4    0
+    """
+
+    def first(*names: str, default: str = "") -> pd.Series:
+        values = pd.Series("", index=frame.index)
+        for name in names:
+            values = values.where(values != "", frame.get(name, ""))
+        return values.where(values != "", default)
+
+    auxiliary = first("data.init_args.auxiliary")
+    result = pd.DataFrame({
+        "dataset": first("data.init_args.target", "data.class_path").str.split(".").str[-1],
+        "category": first(
+            "data.init_args.target_args.category", "data.init_args.category", "data.init_args.name", default="all"
+        ),
+        "method": frame["model.class_path"].str.split(".").str[-1] + (" from " + auxiliary).where(auxiliary != "", ""),
+        "seed": frame[[name for name in _SEEDS if name in frame]].agg("/".join, axis=1).str.rstrip("/"),
+    })
+    settings = [name for name in frame if name == "accelerator" or name.startswith(("model.", "data."))]
+    settings = [name for name in settings if name.split(".")[-1] not in _NO_METHOD]
+    for _, rows in result.groupby(["dataset", "method"]):
+        group = frame.loc[rows.index, settings]
+        varying = [name for name in settings if len(group[name].unique()) > 1]
+        for index in rows.index:
+            shown = [f"{name.split('.')[-1]}={group[name][index]}" for name in varying if group[name][index]]
+            result.loc[index, "method"] = ", ".join([result["method"][index], *shown])
+    return result
+
+
+def make_tables(results: pd.DataFrame) -> Iterator[Table]:
+    """Make the tables.
+
+    Args:
+        results (pd.DataFrame): What :func:`read_results` returns.
+
+    Yields:
+        Table: For every dataset the means over its categories; then, if there are several, a table for every metric.
+    """
+    for dataset, rows in results.groupby("dataset", sort=False):
+        categories, methods = rows["category"].unique(), rows["method"].unique()
+        # For every method and metric, a row for every category and a column for every seed.
+        grids = {
+            (method, metric): group.pivot_table(metric, "category", "seed", dropna=False).reindex(categories)
+            for method, group in rows.groupby("method")
+            for metric in METRICS
+        }
+        means = {key: _mean_over_categories(grid) for key, grid in grids.items()}
+        notes = []
+        for method, group in rows.groupby("method", sort=False):
+            expected = len(categories) * group["seed"].nunique()
+            if len(group) < expected:
+                notes.append(f"{method}: {expected - len(group)} of {expected} results are missing.")
+        if notes:
+            notes.append("Means are over the seeds that have every category, or else over the categories there are.")
+        note = " ".join(notes)
+        count = f"mean over {len(categories)} categories" if len(categories) > 1 else str(categories[0])
+        cells = [[method, *(means[method, metric] for metric in METRICS)] for method in methods]
+        yield Table(f"{dataset}, {count}", ["method", *METRICS.values()], cells, note)
+        if len(categories) == 1:
+            continue
+        for metric, name in METRICS.items():
+            if rows[metric].isna().all():
+                continue
+            cells = [
+                [category, *(_cell(grids[method, metric].loc[category]) for method in methods)]
+                for category in categories
+            ]
+            cells.append(["mean", *(means[method, metric] for method in methods)])
+            yield Table(f"{dataset}, {name}", ["category", *methods], cells, note)
+
+
+def _mean_over_categories(grid: pd.DataFrame) -> str:
+    """Mean over categories, and the deviation of that mean over the seeds that have every category."""
+    whole = grid.dropna(axis="columns")
+    return _cell(whole.mean() if len(whole.columns) else pd.Series([grid.mean(axis="columns").mean()]))
+
+
+def _cell(values: pd.Series) -> str:
+    """Show shares of 1 as a percentage, mean ± standard deviation.
+
+    Example:
+        >>> _cell(pd.Series([0.9, 0.95, 1.0])), _cell(pd.Series([0.914]))
+        ('95.0 ± 5.0', '91.4')
+    """
+    values = values.dropna() * 100
+    if values.empty:
+        return _NONE
+    return f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")
+
+
+def to_markdown(table: Table) -> str:
+    """Write a table in Markdown.
+
+    Args:
+        table (Table): Any table.
+
+    Returns:
+        str: Title, table, note.
+
+    Example:
+        >>> print(to_markdown(Table("Visa", ["method", "AUROC"], [["LAKE", "89.4"]])))
+        **Visa**
+        <BLANKLINE>
+        | method | AUROC |
+        |--------|-------|
+        | LAKE   | 89.4  |
+    """
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in (table.header, *table.rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    ]
+    rows.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join([f"**{table.title}**", "", *rows, *(["", table.note] if table.note else [])])
+
+
+def to_latex(table: Table) -> str:
+    r"""Write a table in LaTeX, for the package booktabs.
+
+    Args:
+        table (Table): Any table.
+
+    Returns:
+        str: A ``table`` environment.
+
+    Example:
+        >>> print(to_latex(Table("Visa", ["method", "AUROC"], [["LAKE, k_shot=1", "89.4 ± 0.1"]])))
+        \begin{table}
+        \caption{Visa}
+        \begin{tabular}{lr}
+        \toprule
+        method & AUROC \\
+        \midrule
+        LAKE, k\_shot=1 & 89.4 $\pm$ 0.1 \\
+        \bottomrule
+        \end{tabular}
+        \end{table}
+    """
+    signs = {
+        "\\": r"\textbackslash{}",
+        "±": r"$\pm$",
+        _NONE: "--",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+    }
+    signs |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
+    escapes = str.maketrans(signs)
+    header, *rows = [
+        " & ".join(cell.translate(escapes) for cell in line) + r" \\" for line in (table.header, *table.rows)
+    ]
+    lines = [r"\begin{table}", rf"\caption{{{f'{table.title}. {table.note}'.rstrip('. ').translate(escapes)}}}"]  # noqa: RUF027
+    lines += [rf"\begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}", r"\toprule", header, r"\midrule", *rows]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"])  # noqa: RUF027
+
+
+def results_table(results: pd.DataFrame, form: str = "markdown") -> str:
+    """Write all tables of results.
+
+    Args:
+        results (pd.DataFrame): What :func:`read_results` returns.
+        form (str): ``"markdown"`` or ``"latex"``. Defaults to ``"markdown"``.
+
+    Returns:
+        str: The tables, a blank line between them.
+    """
+    write = to_latex if form == "latex" else to_markdown
+    return "\n\n".join(write(table) for table in make_tables(results))
+
+
+def main() -> None:
+    """Command line: ``python -m anomalib_spg.results_table FILE... [--format markdown|latex]``."""
+    parser = argparse.ArgumentParser(prog="python -m anomalib_spg.results_table", description="Tables of results.")
+    parser.add_argument("files", nargs="+", help="results.csv of benchmarks")
+    parser.add_argument("--format", choices=("markdown", "latex"), default="markdown")
+    args = parser.parse_args()
+    try:
+        print(results_table(read_results(*args.files), args.format))
+    except ValueError as exception:
+        sys.exit(f"error: {exception}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Tables made of results: values against ones worked out by hand."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from anomalib_spg.results_table import Table, make_tables, read_results, results_table, to_latex
+
+HEADER = (
+    "seed,model.class_path,model.init_args.k_shot,data.class_path,data.init_args.category,image_AUROC,pixel_AUPRO\n"
+)
+# Two categories, two seeds, LAKE with two settings, PatchCore with one.
+NONE = "\u2013"
+ROWS = """
+0,LAKE,1,MVTecAD,01,0.90,0.5
+0,LAKE,1,MVTecAD,02,0.80,0.5
+1,LAKE,1,MVTecAD,01,0.96,0.5
+1,LAKE,1,MVTecAD,02,0.84,0.5
+0,LAKE,4,MVTecAD,01,1.0,0.7
+0,LAKE,4,MVTecAD,02,0.9,0.8
+0,anomalib.models.Patchcore,,MVTecAD,01,0.7,
+0,anomalib.models.Patchcore,,MVTecAD,02,0.8,
+"""
+
+
+def write(path: Path, rows: str = ROWS, header: str = HEADER) -> Path:
+    """A results.csv."""
+    path.write_text(header + rows.lstrip(), encoding="utf-8")
+    return path
+
+
+def tables(path: Path) -> dict[str, Table]:
+    """Its tables by title."""
+    return {table.title: table for table in make_tables(read_results(path))}
+
+
+def test_means_and_deviations(tmp_path: Path) -> None:
+    """Seed 0 has mean 0.85, seed 1 mean 0.90: 87.5, and deviation 0.05 / sqrt(2) = 3.5 %. No metric is a dash."""
+    summary = tables(write(tmp_path / "results.csv"))["MVTecAD, mean over 2 categories"]
+    assert summary.header == ["method", "image AUROC", "image AP", "pixel AUROC", "pixel AUPRO"]
+    assert summary.rows == [
+        ["LAKE, k_shot=1", "87.5 ± 3.5", NONE, NONE, "50.0 ± 0.0"],
+        ["LAKE, k_shot=4", "95.0", NONE, NONE, "75.0"],
+        ["Patchcore", "75.0", NONE, NONE, NONE],
+    ]
+    assert not summary.note
+
+
+def test_a_table_per_metric(tmp_path: Path) -> None:
+    """Category 01 over seeds: mean of 0.90 and 0.96, deviation 0.06 / sqrt(2). Metrics nobody has get no table."""
+    made = tables(write(tmp_path / "results.csv"))
+    assert list(made) == ["MVTecAD, mean over 2 categories", "MVTecAD, image AUROC", "MVTecAD, pixel AUPRO"]
+    assert made["MVTecAD, image AUROC"].header == ["category", "LAKE, k_shot=1", "LAKE, k_shot=4", "Patchcore"]
+    assert made["MVTecAD, image AUROC"].rows == [
+        ["01", "93.0 ± 4.2", "100.0", "70.0"],
+        ["02", "82.0 ± 2.8", "90.0", "80.0"],
+        ["mean", "87.5 ± 3.5", "95.0", "75.0"],
+    ]
+
+
+def test_missing_results_are_counted(tmp_path: Path) -> None:
+    """A seed that lacks a category does not enter the mean; where all do, the mean is over what there is."""
+    rows = ROWS.replace("1,LAKE,1,MVTecAD,02,0.84,0.5\n", "").replace("0,LAKE,4,MVTecAD,01,1.0,0.7\n", "")
+    summary, auroc, _ = tables(write(tmp_path / "results.csv", rows)).values()
+    assert [row[1] for row in summary.rows] == ["85.0", "90.0", "75.0"]
+    assert [row[1:3] for row in auroc.rows] == [["93.0 ± 4.2", NONE], ["80.0", "90.0"], ["85.0", "90.0"]]
+    assert "LAKE, k_shot=1: 1 of 4 results are missing. LAKE, k_shot=4: 1 of 2 results are missing." in summary.note
+    assert "Patchcore" not in summary.note
+
+
+def test_several_files_and_datasets(tmp_path: Path) -> None:
+    """Other files add datasets and methods; the later one counts where both have the same result."""
+    first = write(tmp_path / "a.csv")
+    second = write(tmp_path / "b.csv", "0,LAKE,4,MVTecAD,01,0.5,0.7\n0,LAKE,4,Visa,candle,0.6,0.7\n")
+    made = {table.title: table for table in make_tables(read_results(first, second))}
+    assert made["Visa, candle"].rows == [["LAKE", "60.0", NONE, NONE, "70.0"]]
+    assert made["MVTecAD, image AUROC"].rows[0] == ["01", "93.0 ± 4.2", "50.0", "70.0"]
+
+
+def test_auxiliary_data_tell_methods_apart(tmp_path: Path) -> None:
+    """SPG on its own images and SPG from another dataset stand side by side under the dataset that is tested."""
+    header = "seed,model.class_path,model.init_args.backbone,data.class_path,data.init_args.category,"
+    header += "data.init_args.root,data.init_args.auxiliary,data.init_args.target,data.init_args.target_args.category,"
+    header += "data.init_args.eval_batch_size,image_AUROC\n"
+    rows = "0,SPG,a,Visa,candle,x,,,,8,0.5\n0,SPG,a,AuxiliaryTarget,,,MVTecAD,Visa,candle,4,0.6\n"
+    rows += "0,SPG,b,AuxiliaryTarget,,,MVTecAD,Visa,candle,4,0.7\n"
+    made = tables(write(tmp_path / "results.csv", rows, header))
+    assert [row[:2] for row in made["Visa, candle"].rows] == [
+        ["SPG", "50.0"],
+        ["SPG from MVTecAD, backbone=a", "60.0"],
+        ["SPG from MVTecAD, backbone=b", "70.0"],
+    ]
+
+
+def test_fifteen_categories_stay_readable(tmp_path: Path) -> None:
+    """Five methods on fifteen categories: no line of a table is longer than a wide terminal."""
+    rows = "".join(
+        f"{seed},LAKE,{shots},MVTecAD,category{category},0.{shots}{seed},0.5\n"
+        for category in range(15)
+        for seed in range(3)
+        for shots in range(1, 6)
+    )
+    text = results_table(read_results(write(tmp_path / "results.csv", rows)))
+    assert max(map(len, text.splitlines())) < 120
+
+
+def test_latex_is_a_whole_document_part(tmp_path: Path) -> None:
+    """Signs that mean something to LaTeX are escaped, rows end, environments close."""
+    text = results_table(read_results(write(tmp_path / "results.csv")), "latex")
+    assert r"LAKE, k\_shot=1 & 87.5 $\pm$ 3.5 & -- & -- & 50.0 $\pm$ 0.0 \\" in text
+    assert text.count(r"\begin{tabular}{lrrrr}") == 1
+    assert text.count(r"\end{table}") == 3
+    assert r"50\% \& a\{b\}" in to_latex(Table("50% & a{b}", ["x"], []))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        ("", "No columns to parse"),
+        ("a,b\n1,2\n", "is no result of a benchmark"),
+        (HEADER.replace("image_AUROC,pixel_AUPRO", "job_duration,fit_duration") + ROWS.lstrip(), "none of the metrics"),
+    ],
+)
+def test_what_is_no_result_is_named(content: str | None, message: str, tmp_path: Path) -> None:
+    """The file and what to give instead."""
+    path = tmp_path / "results.csv"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        read_results(path)
+    assert str(path) in str(error.value)
+
+
+def test_command(tmp_path: Path) -> None:
+    """Prints the tables; an error is one line and a failing exit status."""
+    path = write(tmp_path / "results.csv")
+    command = [sys.executable, "-m", "anomalib_spg.results_table"]
+    done = subprocess.run([*command, path, "--format", "latex"], capture_output=True, text=True, check=True)
+    assert done.stdout == results_table(read_results(path), "latex") + "\n"
+    done = subprocess.run([*command, tmp_path / "gone.csv"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: Cannot read '{tmp_path / 'gone.csv'}'")
+
+
+def test_agrees_with_pandas(tmp_path: Path) -> None:
+    """The mean over a full grid is the plain mean of all its rows."""
+    path = write(tmp_path / "results.csv")
+    raw = pd.read_csv(path)
+    expected = raw[(raw["model.class_path"] == "LAKE") & (raw["model.init_args.k_shot"] == 1)]["image_AUROC"].mean()
+    assert tables(path)["MVTecAD, mean over 2 categories"].rows[0][1].startswith(f"{100 * expected:.1f} ")
