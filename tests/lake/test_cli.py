@@ -2,7 +2,6 @@
 
 """The real ``anomalib`` command with LAKE, in subprocesses, with the real DINOv2-S/14 weights on real images."""
 
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from anomalib.data.utils import read_image
 from anomalib.deploy import OpenVINOInferencer
 
 from anomalib_lake import LAKE
-from tests.conftest import REPOSITORY, make_mvtec
+from tests.conftest import REPOSITORY, few_textiles, make_mvtec, metric
 
 COUNT = 10  # images per folder
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -28,14 +27,7 @@ MODEL = ["--model", "LAKE", "--model.backbone", "vit_small_patch14_dinov2.lvd142
 def folder(quickstart: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder with few textile images and the quickstart's config."""
     folder = tmp_path_factory.mktemp("cli")
-    for name in ("train/good", "test/good", "test/defect"):
-        target = folder / "quickstart" / "textile" / name
-        target.mkdir(parents=True)
-        for path in sorted((quickstart / "textile" / name).iterdir())[:COUNT]:
-            shutil.copyfile(path, target / path.name)
-    (folder / "quickstart" / "dinov2_vits14.safetensors").symlink_to(quickstart / "dinov2_vits14.safetensors")
-    config = yaml.safe_load((REPOSITORY / "configs" / "lake_quickstart.yaml").read_text())
-    config["data"]["init_args"] |= {"num_workers": 0, "val_split_ratio": 0.5}
+    config = few_textiles(quickstart, folder, COUNT, "lake_quickstart.yaml")
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
 
@@ -51,11 +43,6 @@ def checkpoint(folder: Path, trained: str) -> Path:
     """The checkpoint it left."""
     assert trained
     return folder / "results/LAKE/textile/latest/weights/lightning/model.ckpt"
-
-
-def metric(output: str, name: str) -> float:
-    """A metric from the table the command prints."""
-    return float(re.search(rf"{name}\s*│\s*([\d.]+)", output).group(1))
 
 
 def test_train(folder: Path, trained: str) -> None:

@@ -20,7 +20,7 @@ from anomalib.deploy import OpenVINOInferencer
 from PIL import Image
 
 from anomalib_spg import SPG
-from tests.conftest import REPOSITORY, make_mvtec
+from tests.conftest import REPOSITORY, few_textiles, make_mvtec, metric
 
 COUNT = 12  # images per folder
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -30,15 +30,8 @@ EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 def folder(quickstart: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder with few textile images, and the quickstart's config made small."""
     folder = tmp_path_factory.mktemp("cli")
-    for name in ("train/good", "test/good", "test/defect"):
-        target = folder / "quickstart" / "textile" / name
-        target.mkdir(parents=True)
-        for path in sorted((quickstart / "textile" / name).iterdir())[:COUNT]:
-            shutil.copyfile(path, target / path.name)
-    (folder / "quickstart" / "dinov2_vits14.safetensors").symlink_to(quickstart / "dinov2_vits14.safetensors")
-    config = yaml.safe_load((REPOSITORY / "configs" / "quickstart.yaml").read_text())
+    config = few_textiles(quickstart, folder, COUNT, "quickstart.yaml")
     config["model"]["init_args"] |= {"views": 6, "num_atoms": 512, "sae_epochs": 8, "guide_epochs": 20}
-    config["data"]["init_args"] |= {"num_workers": 0, "val_split_ratio": 0.5}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
 
@@ -64,11 +57,6 @@ def defects(folder: Path) -> list[Path]:
         *(folder / "quickstart/textile/test/good").iterdir(),
     ]
     return sorted(paths)
-
-
-def metric(output: str, name: str) -> float:
-    """A metric from the table the command prints."""
-    return float(re.search(rf"{name}\s*│\s*([\d.]+)", output).group(1))
 
 
 def test_train(folder: Path, trained: str) -> None:
@@ -237,10 +225,8 @@ def test_two_processes(tmp_path: Path, mvtec: Path, visa: Path, anomalib_command
     alone = ["--trainer.accelerator", "cpu", "--ckpt_path", weights / "lightning/model.ckpt"]
     again = anomalib_command("test", "--config", "config.yaml", *alone, folder=tmp_path)
 
-    def metrics(text: str) -> dict[str, float]:
-        return {name: float(value) for name, value in re.findall(r"(image_AUROC|pixel_AUROC)\D+([\d.]+)", text)}
-
-    assert metrics(printed) == pytest.approx(metrics(again), abs=1e-4)
+    for name in ("image_AUROC", "pixel_AUROC"):
+        assert metric(printed, name) == pytest.approx(metric(again, name), abs=1e-4)
 
 
 @pytest.mark.parametrize(
