@@ -137,15 +137,21 @@ def make_tables(results: pd.DataFrame) -> Iterator[Table]:
             for method, group in rows.groupby("method")
             for metric in METRICS
         }
-        means = {key: _mean_over_categories(grid) for key, grid in grids.items()}
-        notes = []
+        missing, notes = set(), []
         for method, group in rows.groupby("method", sort=False):
-            expected = len(categories) * group["seed"].nunique()
+            expected = len(categories) * len(group["seed"].unique())
             if len(group) < expected:
+                missing.add(method)
                 notes.append(f"{method}: {expected - len(group)} of {expected} results are missing.")
         if notes:
-            notes.append("Means are over the seeds that have every category, or else over the categories there are.")
+            notes.append(
+                "Means with * are over the seeds that have every category, or else over the categories there are."
+            )
         note = " ".join(notes)
+        means = {
+            (method, metric): _mean_over_categories(grid) + ("*" if method in missing else "")
+            for (method, metric), grid in grids.items()
+        }
         count = f"mean over {len(categories)} categories" if len(categories) > 1 else str(categories[0])
         cells = [[method, *(means[method, metric] for metric in METRICS)] for method in methods]
         yield Table(f"{dataset}, {count}", ["method", *METRICS.values()], cells, note)
