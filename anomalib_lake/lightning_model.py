@@ -24,6 +24,7 @@ from torch import nn
 
 from anomalib_spg.backbone import default_image_size
 from anomalib_spg.checkpoint import check_identity
+from anomalib_spg.compression import CompressBackboneOnly
 from anomalib_spg.evaluator import default_evaluator
 from anomalib_spg.post_processor import OrderPreservingPostProcessor
 from anomalib_spg.pre_processor import default_pre_processor
@@ -36,7 +37,7 @@ from .torch_model import DEFAULT_BACKBONE, LAKEModel
 logger = logging.getLogger(__name__)
 
 
-class LAKE(MemoryBankMixin, AnomalibModule):
+class LAKE(CompressBackboneOnly, MemoryBankMixin, AnomalibModule):
     """LAKE: Latent Anomaly Knowledge Excavation.
 
     Training-free. A few normal images show which neurons of a frozen foundation model are sensitive; how far a patch

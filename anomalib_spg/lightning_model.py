@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from .backbone import DEFAULT_BACKBONE, default_image_size
 from .checkpoint import check_identity
+from .compression import CompressBackboneOnly
 from .evaluator import default_evaluator
 from .guides import read_guides
 from .post_processor import OrderPreservingPostProcessor
@@ -37,7 +38,7 @@ from .unreadable import NameUnreadableImages
 logger = logging.getLogger(__name__)
 
 
-class SPG(MemoryBankMixin, AnomalibModule):
+class SPG(CompressBackboneOnly, MemoryBankMixin, AnomalibModule):
     """SPG: Sparse-Projected Guides.
 
     A sparse autoencoder's dictionary over the patch tokens of a frozen foundation model, and four sparse guides written

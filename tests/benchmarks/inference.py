@@ -1,94 +1,142 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a model costs on top of its frozen backbone.
+"""What a model costs on top of its frozen backbone in torch, with its accuracy beside it.
 
+    python -m anomalib_spg.quickstart
     python -m tests.benchmarks.inference
-    python -m tests.benchmarks.inference --batches 8 --runs 5
+    python -m tests.benchmarks.inference --batches 8 --runs 5 --device cuda
 
 Times whole forward passes (image tensor to map and score) in turn in one run, and prints the median ratio, with
-quartiles, to the bare DINOv2-S/14 stopped at the same block and to all of its blocks. Random weights and random bank
-tokens: they do not change the time. AnomalyDINO and PatchCore are anomalib's own, on the same architecture; PatchCore
-with a 10 % coreset.
+quartiles, to the bare backbone stopped at the same block and to all of its blocks. SPG, LAKE, and anomalib's
+AnomalyDINO and PatchCore (10 % coreset) use the same DINOv2-S/14 with real weights, and learn from the quickstart's
+textile; image AUROC is over its first test images. The first image, and memory at that batch size, are measured in a
+process of their own: see first_image.py. Models are kept in ``--cache``.
+
+WinCLIP (zero-shot) is compared with its own CLIP image tower. Its weights are random, which changes nothing in the
+time; its accuracy is left out.
 """
 
 import argparse
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from unittest.mock import patch
 
+import open_clip
 import timm
 import torch
+from anomalib.data.utils import read_image
 from anomalib.models.image.anomaly_dino.torch_model import AnomalyDINOModel
 from anomalib.models.image.patchcore.torch_model import PatchcoreModel
+from anomalib.models.image.winclip.torch_model import WinClipModel
+from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from anomalib_lake import LAKEModel
-from anomalib_spg import SPGModel
-from anomalib_spg.backbone import Backbone
+from anomalib_spg.backbone import Backbone, read_weights
+from anomalib_spg.pre_processor import default_pre_processor
 from anomalib_spg.quickstart import BACKBONE
 
+from .first_image import in_fresh_process
+
 SIZE = (448, 448)
-PATCHES = 32 * 32
+WEIGHTS = "dinov2_vits14.safetensors"
+SHOTS = (1, 4, 16)
 
 
-def spg() -> nn.Module:
-    """SPG on block 6 with 500 atoms in each guide."""
-    model = SPGModel(BACKBONE, layers=[6], pre_trained=False, image_size=SIZE)
-    atoms = nn.functional.normalize(torch.randn(500, 384), dim=1)
-    model.guides[0].set(atoms, torch.arange(500), torch.rand(4, 500))
+def read(folder: Path, count: int) -> torch.Tensor:
+    """The first images of a folder, ready for the backbone."""
+    transform = default_pre_processor(BACKBONE, SIZE).transform
+    return torch.stack([transform(read_image(path, as_tensor=True)) for path in sorted(folder.iterdir())[:count]])
+
+
+def spg(data: Path) -> nn.Module:
+    """SPG of the quickstart, trained or restored by the other benchmark."""
+    from .openvino import train
+
+    return train("SPG", data, Path("openvino_models"))[0].model
+
+
+def lake(data: Path, shots: int) -> nn.Module:
+    """LAKE with its defaults."""
+    model = LAKEModel(BACKBONE, weights=data / WEIGHTS, image_size=SIZE)
+    model.train()(read(data / "textile/train/good", shots))
+    model.fit()
     return model
 
 
-def lake(shots: int) -> nn.Module:
-    """LAKE with its defaults and a bank of so many images, cut to the default size."""
-    model = LAKEModel(BACKBONE, pre_trained=False, image_size=SIZE)
-    for neurons, banks in zip(model.neurons, model.banks, strict=True):
-        neurons.indices = torch.arange(100)
-        for patches, bank in zip((PATCHES, PATCHES // 4), banks, strict=True):
-            size = min(shots * patches, bank.size)
-            bank.tokens = nn.functional.normalize(torch.randn(size, 100), dim=1)
-    return model
-
-
-def anomaly_dino(shots: int) -> nn.Module:
-    """anomalib's AnomalyDINO with so many images in its bank."""
+def peer(data: Path, shots: int, build: Callable[[], nn.Module]) -> nn.Module:
+    """anomalib's AnomalyDINO or PatchCore with the local weights in the place of the hub's."""
     create = timm.create_model
-    with patch("timm.create_model", lambda *names, **options: create(*names, **{**options, "pretrained": False})):
-        model = AnomalyDINOModel(encoder_name=BACKBONE)
-    model.memory_bank = nn.functional.normalize(torch.randn(shots * PATCHES, 384), dim=1)
+
+    def local(*names: str, **options: object) -> nn.Module:
+        vit = create(*names, **{**options, "pretrained": False})
+        vit.load_state_dict(read_weights(data / WEIGHTS), strict=False)
+        return vit
+
+    with patch("timm.create_model", local):
+        model = build()
+    for image in read(data / "textile/train/good", shots):
+        model.train()(image[None])
+    if isinstance(model, PatchcoreModel):
+        model.subsample_embedding(0.1)
+    else:
+        model.fit()
     return model
 
 
-def patchcore(shots: int) -> nn.Module:
-    """anomalib's PatchCore on LAKE's layers with a 10 % coreset of so many images."""
-    model = PatchcoreModel(["blocks.4", "blocks.7"], BACKBONE, pre_trained=False)
-    model.memory_bank = torch.randn(shots * PATCHES // 10, 768)
-    return model
+def winclip() -> nn.Module:
+    """anomalib's WinCLIP with random weights."""
+    create = open_clip.create_model_and_transforms
+    with patch("open_clip.create_model_and_transforms", lambda name, **_: create(name, pretrained=None)):
+        return WinClipModel(class_name="textile")
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("quickstart"))
+    parser.add_argument("--cache", type=Path, default=Path("inference_models"))
+    parser.add_argument("--models", nargs="+", help="beginnings of names; all by default")
+    parser.add_argument("--images", type=int, default=30, help="test images of each kind; 0 leaves AUROC out")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+    device, data = torch.device(arguments.device), arguments.data
+    torch.set_num_threads(arguments.threads)
+    arguments.cache.mkdir(parents=True, exist_ok=True)
 
-    def bare(block: int) -> nn.Module:
-        return Backbone(BACKBONE, layers=[block], pre_trained=False, image_size=SIZE, norm=False)
-
-    # name: (model, block its backbone stops at)
+    # name: (how to make it, block its backbone stops at)
     builders: dict[str, tuple[Callable[[], nn.Module], int]] = {
-        "SPG": (spg, 6),
-        **{f"LAKE, {shots} shots": (lambda n=shots: lake(n), 7) for shots in (1, 4, 16)},
-        **{f"AnomalyDINO, {shots} shots": (lambda n=shots: anomaly_dino(n), 11) for shots in (4, 16)},
-        **{f"PatchCore, {shots} shots": (lambda n=shots: patchcore(n), 11) for shots in (4, 16)},
+        "SPG": (lambda: spg(data), 6),
+        **{f"LAKE-{shots}": (lambda n=shots: lake(data, n), 7) for shots in SHOTS},
+        **{
+            f"AnomalyDINO-{shots}": (lambda n=shots: peer(data, n, lambda: AnomalyDINOModel(encoder_name=BACKBONE)), 11)
+            for shots in SHOTS
+        },
+        **{
+            f"PatchCore-{shots}": (
+                lambda n=shots: peer(data, n, lambda: PatchcoreModel(["blocks.4", "blocks.7"], BACKBONE)),
+                11,
+            )
+            for shots in SHOTS
+        },
+        "WinCLIP": (winclip, 11),
     }
-    models = {name: build().to(device).eval() for name, (build, _) in builders.items()}
-    backbones = {block: bare(block).to(device) for block in (6, 7, 11)}
+    wanted = tuple(arguments.models or builders)
+    builders = {name: builder for name, builder in builders.items() if name.startswith(wanted)}
 
-    def seconds(model: nn.Module, images: torch.Tensor) -> float:
+    def load(name: str) -> nn.Module:
+        file = arguments.cache / f"{name}.pt"
+        if not file.exists():
+            with torch.no_grad():
+                torch.save(builders[name][0](), file)
+        return torch.load(file, weights_only=False).to(device).eval()
+
+    def seconds(model: Callable, images: torch.Tensor) -> float:
         start = time.perf_counter()
         model(images)
         if device.type == "cuda":
@@ -100,21 +148,39 @@ def main() -> None:
         low, median, high = ratios.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
         return f"{median:.2f} ({low:.2f} to {high:.2f})"
 
-    print("| batch | model | over its blocks | over all blocks | ms per image |\n|---|---|---|---|---|")
+    def auroc(model: nn.Module) -> str:
+        kinds = [read(data / "textile/test" / kind, arguments.images) for kind in ("good", "defect")]
+        scores = [model(image[None].to(device)).pred_score.item() for kind in kinds for image in kind]
+        return f"{roc_auc_score([0] * len(kinds[0]) + [1] * len(kinds[1]), scores):.3f}"
+
+    backbones = {
+        block: Backbone(BACKBONE, layers=[block], weights=data / WEIGHTS, image_size=SIZE, norm=False).to(device)
+        for block in (6, 7, 11)
+    }
+    columns = ["model", "batch", "over its blocks", "over all blocks", "ms per image", "AUROC"]
+    columns += ["first image, s", "memory, MiB"]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     with torch.inference_mode():
-        for batch in arguments.batches:
-            images = torch.randn(batch, 3, *SIZE, device=device)
-            for name, model in models.items():
-                block = builders[name][1]
-                trio = {"model": model, "same": backbones[block], "all": backbones[11]}
+        for name, (_, block) in builders.items():
+            model = load(name)
+            trio: dict[str, Callable] = {"model": model, "same": backbones[block], "all": backbones[11]}
+            if name == "WinCLIP":
+                trio |= {"same": model.clip.encode_image, "all": model.clip.encode_image}
+            size = (240, 240) if name == "WinCLIP" else SIZE
+            accuracy = auroc(model) if arguments.images and name != "WinCLIP" else "-"
+            for batch in arguments.batches:
+                images = torch.randn(batch, 3, *size, device=device)
                 times: dict[str, list[float]] = {key: [] for key in trio}
-                seconds(model, images)
+                for runner in trio.values():
+                    seconds(runner, images)
                 for run in range(arguments.runs):
                     for key in list(trio) if run % 2 else reversed(trio):
                         times[key].append(seconds(trio[key], images))
-                milliseconds = torch.tensor(times["model"]).median().item() * 1e3 / batch
-                cells = f"{ratio(times['model'], times['same'])} | {ratio(times['model'], times['all'])}"
-                print(f"| {batch} | {name} | {cells} | {milliseconds:.0f} |", flush=True)
+                file, shape = arguments.cache / f"{name}.pt", tuple(images.shape)
+                first = in_fresh_process(file, shape, device.type, threads=arguments.threads)
+                cells = [name, str(batch), ratio(times["model"], times["same"]), ratio(times["model"], times["all"])]
+                cells += [f"{torch.tensor(times['model']).median().item() * 1e3 / batch:.0f}", accuracy]
+                print(f"| {' | '.join(cells)} | {first['seconds']:.1f} | {first['mib']:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""INT8 for the backbone only, so that compressing an exported model does not lose what it tells apart."""
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+from .backbone import Backbone
+
+if TYPE_CHECKING:
+    from openvino import Model
+
+
+class CompressBackboneOnly:
+    """Mixin of an anomalib model whose ``model.backbone`` is a :class:`Backbone`; goes before ``AnomalibModule``.
+
+    anomalib calls NNCF without a word about the model: every operation is rounded to 256 levels as if it belonged to a
+    convolutional network. That turns all scores into one, since a head tells patches apart by small differences of
+    distances or cosines, and a transformer has channels far above the others. Here NNCF is told that the model is a
+    transformer, and to leave the head, a small share of the time, as it is. Concerns ``INT8``, ``INT8_PTQ`` and
+    ``INT8_ACQ``.
+    """
+
+    def _compress_ov_model(self, model: "Model", *args: Any, **kwargs: Any) -> "Model":  # noqa: ANN401
+        import nncf
+
+        scope = {"ignored_scope": nncf.IgnoredScope(names=head_operations(model, self.model.backbone), validate=False)}
+        options = {**scope, "model_type": nncf.ModelType.TRANSFORMER}
+        # anomalib offers a model no say in these calls, so they are completed on their way.
+        with patch.multiple(
+            nncf,
+            compress_weights=partial(nncf.compress_weights, **scope),
+            quantize=partial(nncf.quantize, **options),
+            quantize_with_accuracy_control=partial(nncf.quantize_with_accuracy_control, **options),
+        ):
+            return super()._compress_ov_model(model, *args, **kwargs)
+
+
+def head_operations(model: "Model", backbone: Backbone) -> list[str]:
+    """Name the operations of an exported graph that come after the backbone's last block.
+
+    Args:
+        model (openvino.Model): Graph.
+        backbone (Backbone): Backbone in it. Its parameters have lost their names there, not their shapes.
+
+    Returns:
+        list[str]: Operations that the last product with a weight of the last block does not depend on.
+    """
+    parameters = backbone.vit.blocks[backbone.layers[-1]].parameters()
+    weights = {frozenset(parameter.shape) for parameter in parameters if parameter.ndim == 2}
+    operations = model.get_ordered_ops()
+    products = [op for op in operations if op.get_type_name() == "MatMul" and op.input(1).get_partial_shape().is_static]
+    waiting = [op for op in products if frozenset(op.input(1).get_shape()) in weights][-1:]
+    seen: set[str] = set()
+    while waiting:
+        operation = waiting.pop()
+        if operation.get_friendly_name() not in seen:
+            seen.add(operation.get_friendly_name())
+            waiting += [source.get_source_output().get_node() for source in operation.inputs()]
+    plain = {"Constant", "Parameter", "Result"}
+    names = {op.get_friendly_name() for op in operations if op.get_type_name() not in plain}
+    return sorted(names - seen)
