@@ -39,6 +39,7 @@ from anomalib_spg.pre_processor import default_pre_processor
 from anomalib_spg.quickstart import BACKBONE
 
 from .first_image import in_fresh_process
+from .first_image import load as load_file
 
 SIZE = (448, 448)
 WEIGHTS = "dinov2_vits14.safetensors"
@@ -134,7 +135,7 @@ def main() -> None:
         if not file.exists():
             with torch.no_grad():
                 torch.save(builders[name][0](), file)
-        return torch.load(file, weights_only=False).to(device).eval()
+        return load_file(file).to(device).eval()
 
     def seconds(model: Callable, images: torch.Tensor) -> float:
         start = time.perf_counter()
