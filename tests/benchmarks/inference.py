@@ -5,6 +5,7 @@
     python -m anomalib_spg.quickstart
     python -m tests.benchmarks.inference
     python -m tests.benchmarks.inference --batches 8 --runs 5 --device cuda
+    python -m tests.benchmarks.inference --threads 1  # on a machine that others use too
 
 Times whole forward passes (image tensor to map and score) in turn in one run, and prints the median ratio, with
 quartiles, to the bare backbone stopped at the same block and to all of its blocks. SPG, LAKE, and anomalib's
