@@ -5,7 +5,6 @@
 import json
 from functools import cache
 from importlib import import_module
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +93,6 @@ def test_train(path: Path) -> None:
 @pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
 def test_benchmark(path: Path) -> None:
     """Configs of tables: all jobs of the grids, each only once, each with arguments there are."""
-    if path.stem == "spg_no_dictionary" and "dictionary" not in signature(SPG).parameters:
-        pytest.skip("SPG has no argument dictionary here")
     made = jobs(path)
     assert len({job.key for job in made}) == len(made) == JOBS[path.stem]
     for job in made:
