@@ -253,8 +253,7 @@ class SPG(CompressBackboneOnly, MemoryBankMixin, AnomalibModule):
         place = "in memory"
         if need > self.model.memory_limit * GIB and self.tokens_dir is not None:
             self.model.store = TokenStore(self.tokens_dir, self._tokens_identity(dataset))
-            if not len(self.model.store):
-                check_space(self.tokens_dir, need)
+            check_space(self.tokens_dir, need * max(0, total - len(self.model.store)) // total)
             place = f"in {self.model.store.path}, with {len(self.model.store)} images there already"
         else:
             self.model.check_memory(total, size)
@@ -268,10 +267,11 @@ class SPG(CompressBackboneOnly, MemoryBankMixin, AnomalibModule):
 
     def _tokens_identity(self, dataset: Any) -> dict[str, Any]:  # noqa: ANN401
         """What decides the tokens: they may be taken up by a run of which all this is equal."""
-        paths = [Path(path) for path in dataset.samples.image_path] if hasattr(dataset, "samples") else []
-        weights = self.model.backbone.weights
-        files = [*paths, *([Path(weights)] if weights is not None else [])]
-        stats = [(str(path), path.stat().st_size, path.stat().st_mtime) for path in sorted(files)]
+        samples = getattr(dataset, "samples", {})
+        # Masks are stored beside the tokens; normal images have none.
+        names = [name for column in ("image_path", "mask_path") for name in samples.get(column, ()) if name]
+        paths = [Path(name) for name in [*names, self.model.backbone.weights] if isinstance(name, str | Path)]
+        stats = [(str(path), path.stat().st_size, path.stat().st_mtime) for path in sorted(paths) if path.is_file()]
         return {
             **self._identity(),
             "input_size": self.input_size,

@@ -202,6 +202,24 @@ def test_tokens_beyond_the_memory_limit_go_to_disk(
     assert not Path("tokens").exists()
 
 
+def test_corrected_masks_are_read_again(tmp_path: Path, visa: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks lie beside the tokens on disk: an interrupted run is not taken up with the masks of before."""
+    monkeypatch.chdir(tmp_path)
+    root = make_mvtec(tmp_path / "data")
+
+    def stored() -> int:
+        model = build(seed=0, memory_limit=0)
+        with patch("anomalib_spg.torch_model.train_sae", side_effect=KeyboardInterrupt), pytest.raises(SystemExit):
+            engine(tmp_path).fit(model=model, datamodule=auxiliary(root, visa))
+        return len(list(Path("tokens").iterdir()))
+
+    assert stored() == 1
+    assert stored() == 1
+    mask = next((root / "brick/ground_truth").rglob("*.png"))
+    Image.new("L", Image.open(mask).size, 255).save(mask)
+    assert stored() == 2
+
+
 def test_unreadable_image_is_named(tmp_path: Path) -> None:
     """A truncated file, whose name PIL does not say."""
     root = make_mvtec(tmp_path / "data")
