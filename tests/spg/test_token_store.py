@@ -2,6 +2,7 @@
 
 """Tokens in memory and on disk."""
 
+import ctypes
 import shutil
 import sys
 from itertools import chain
@@ -107,9 +108,9 @@ def test_space_is_checked_first(tmp_path: Path) -> None:
         check_space(tmp_path / "not" / "there", free * 2)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_does_not_grow_with_what_is_on_disk(tmp_path: Path) -> None:
-    """Storing batches leaves no holes of freed memory behind; how many there would be depends on threads."""
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+def test_freed_memory_goes_back_to_the_system(tmp_path: Path) -> None:
+    """Holes between small objects that stay, as hundreds of written batches leave them, are given back by the next."""
     code = """
 import sys, torch
 from anomalib_spg.backbone import Tokens
@@ -118,15 +119,14 @@ def memory():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 2**20
 store = TokenStore(sys.argv[1])
-batch = Tokens([torch.randn(16, 1024, 384)], [torch.randn(16, 384)], (32, 32))
-masks = torch.zeros(16, 448, 448, dtype=torch.bool)
-for number in range(60):
-    store.add(batch, masks, [False] * 16)
-    if number == 4:
-        before = memory()
-print(memory() - before)
+large, small = 100_000, 1_000
+blocks = [(b"x" * large, b"x" * small) for _ in range(5_000)]
+stay = [block for _, block in blocks]
+del blocks
+before = memory()
+store.add(Tokens([torch.randn(2, 6, 4)], [torch.randn(2, 4)], (2, 3)), torch.zeros(2, 8, 12), [False, True])
+print(before - memory())
 store.clear()
 """
-    command = [sys.executable, "-c", code, tmp_path / "tokens"]
-    grown = float(run_command(command, tmp_path, OMP_NUM_THREADS="2").splitlines()[0])
-    assert grown < 0.1
+    given_back = float(run_command([sys.executable, "-c", code, tmp_path / "tokens"], tmp_path).splitlines()[0])
+    assert given_back > 0.3  # GiB, of 0.47
