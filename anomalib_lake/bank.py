@@ -5,6 +5,7 @@
 import torch
 from anomalib.models.components import DynamicBufferMixin, KCenterGreedy
 from torch import nn
+from torch.nn import functional as F  # noqa: N812
 
 # A deviation of 1 is what one normal patch in a hundred exceeds. The score is a maximum over patches, so what counts is
 # how far the rare ones go; the mean would let the scale with the longer tail drown the other.
@@ -134,3 +135,25 @@ def nearest(tokens: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
     ]
     squares = queries.square().sum(dim=1) - 2 * torch.stack(brackets).amax(dim=0)
     return squares.clamp(min=0).sqrt().view(tokens.shape[:-1])
+
+
+def average_neighbors(tokens: torch.Tensor, grid: tuple[int, int], scale: int) -> torch.Tensor:
+    """Average each patch token with its neighbours.
+
+    Args:
+        tokens (torch.Tensor): Patch tokens ``(B, N, D)``.
+        grid (tuple[int, int]): Rows and columns of patches.
+        scale (int): Side of the window in patches, odd; 1 leaves the tokens as they are.
+
+    Returns:
+        torch.Tensor: Averaged tokens ``(B, N, D)``; windows are cut at the image's edge.
+
+    Example:
+        >>> average_neighbors(torch.tensor([[[0.0], [3.0], [6.0]]]), grid=(1, 3), scale=3).flatten().tolist()
+        [1.5, 3.0, 4.5]
+    """
+    if scale == 1:
+        return tokens
+    maps = tokens.transpose(1, 2).unflatten(2, grid)
+    maps = F.avg_pool2d(maps, scale, stride=1, padding=scale // 2, count_include_pad=False)
+    return maps.flatten(2).transpose(1, 2)

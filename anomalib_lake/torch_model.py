@@ -9,6 +9,7 @@ this file.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from anomalib.data import InferenceBatch
@@ -16,9 +17,12 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_spg.anomaly_map import AnomalyMapGenerator
-from anomalib_spg.backbone import Backbone, is_clip, num_blocks
+from anomalib_spg.backbone import Backbone, Tokens, is_clip, num_blocks
+from anomalib_spg.examples import Examples
+from anomalib_spg.explanation import Explanation
 
-from .bank import NormalityBank
+from .bank import NormalityBank, average_neighbors
+from .explanation import explain
 from .neurons import Normalization, Selection, SensitiveNeurons
 from .text import embed_prompts, prompts, read_checkpoint, text_tower
 
@@ -39,28 +43,6 @@ def default_layers(depth: int) -> list[int]:
         ([4, 7], [9, 15])
     """
     return [round(depth * share / 12) - 1 for share in (5, 8)]
-
-
-def average_neighbors(tokens: torch.Tensor, grid: tuple[int, int], scale: int) -> torch.Tensor:
-    """Average each patch token with its neighbours.
-
-    Args:
-        tokens (torch.Tensor): Patch tokens ``(B, N, D)``.
-        grid (tuple[int, int]): Rows and columns of patches.
-        scale (int): Side of the window in patches, odd; 1 leaves the tokens as they are.
-
-    Returns:
-        torch.Tensor: Averaged tokens ``(B, N, D)``; windows are cut at the image's edge.
-
-    Example:
-        >>> average_neighbors(torch.tensor([[[0.0], [3.0], [6.0]]]), grid=(1, 3), scale=3).flatten().tolist()
-        [1.5, 3.0, 4.5]
-    """
-    if scale == 1:
-        return tokens
-    maps = tokens.transpose(1, 2).unflatten(2, grid)
-    maps = F.avg_pool2d(maps, scale, stride=1, padding=scale // 2, count_include_pad=False)
-    return maps.flatten(2).transpose(1, 2)
 
 
 class LAKEModel(nn.Module):
@@ -176,6 +158,7 @@ class LAKEModel(nn.Module):
         self.register_buffer("text_embeddings", torch.zeros(2, self.backbone.vit.num_classes if text_weight > 0 else 0))
         self.text_embeddings: torch.Tensor
         self.anomaly_map_generator = AnomalyMapGenerator(self.backbone.patch_size, sigma)
+        self.examples: Examples | None = None  # set it to keep normal images for explanations
         self._stored: list[list[torch.Tensor]] = [[] for _ in self.layers]
         self._grid: tuple[int, int] = (0, 0)
         self._checkpoint: dict[str, torch.Tensor] | None = None
@@ -217,6 +200,33 @@ class LAKEModel(nn.Module):
             anomaly = torch.lerp(anomaly, self.semantic_activation(tokens[self.semantic_layer]), self.text_weight)
         anomaly_map = self.anomaly_map_generator(anomaly.unflatten(1, grid), (images.shape[-2], images.shape[-1]))
         return InferenceBatch(pred_score=anomaly.amax(dim=1), anomaly_map=anomaly_map)
+
+    def explain(self, images: torch.Tensor, tokens: Tokens | None = None) -> list[Explanation]:
+        """Split the scores of images into neurons and text; see :func:`anomalib_lake.explanation.explain`.
+
+        Args:
+            images (torch.Tensor): Normalised images ``(B, 3, H, W)``.
+            tokens (Tokens | None): What the backbone gave for them, where that is at hand. Defaults to ``None``.
+
+        Returns:
+            list[Explanation]: One per image.
+        """
+        tokens = self.backbone(images) if tokens is None else tokens
+        return explain(self, tokens, (images.shape[-2], images.shape[-1]))
+
+    def figures(self, examples: Examples | None = None) -> dict[str, tuple[str, Any]]:
+        """Draw which neurons were chosen.
+
+        Args:
+            examples (Examples | None): Unused; SPG's counterpart shows example patches.
+
+        Returns:
+            dict[str, tuple[str, Figure]]: By a name fit for a file, the title and the matplotlib figure.
+        """
+        from .figures import plot_neurons  # matplotlib takes its time
+
+        del examples
+        return {"neurons": ("which neurons were chosen", plot_neurons(self))}
 
     def tokens(self, images: torch.Tensor) -> tuple[dict[int, torch.Tensor], tuple[int, int]]:
         """Compute raw patch tokens.
@@ -277,6 +287,8 @@ class LAKEModel(nn.Module):
             msg = f"Normal images must have one size: after {self._grid} patches came {grid}."
             raise ValueError(msg)
         self._grid = grid
+        if self.examples is not None:
+            self.examples.add(images, self.backbone.mean, self.backbone.std, start=self.num_stored)
         for layer, stored in zip(self.layers, self._stored, strict=True):
             stored.append(tokens[layer])
         return tokens[self.layers[-1]]

@@ -13,14 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .datamodule import AuxiliaryTarget
+    from .explanation_visualizer import ExplanationVisualizer
     from .lightning_model import SPG
     from .torch_model import SPGModel
 
-__all__ = ["SPG", "AuxiliaryTarget", "SPGModel"]
+__all__ = ["SPG", "AuxiliaryTarget", "ExplanationVisualizer", "SPGModel"]
 
 # Where each public name lives. They are imported on first use: this package also holds the plugin hook, which is
 # imported while torch itself is still importing.
-_MODULES = {"SPG": "lightning_model", "SPGModel": "torch_model", "AuxiliaryTarget": "datamodule"}
+_MODULES = {
+    "SPG": "lightning_model",
+    "SPGModel": "torch_model",
+    "AuxiliaryTarget": "datamodule",
+    "ExplanationVisualizer": "explanation_visualizer",
+}
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401

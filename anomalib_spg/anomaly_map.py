@@ -38,17 +38,40 @@ class AnomalyMapGenerator(nn.Module):
         Returns:
             torch.Tensor: Anomaly map in [0, 1], ``(B, 1, H, W)``.
         """
-        # Both steps are linear and act on rows and columns apart. What they do to one row, found on unit vectors, is
-        # a small matrix; two products with it cost a hundredth of smoothing the pixels themselves.
-        rows, columns = (
-            self._pixels_of_patches(count, size, patch_map)
-            for count, size in zip(patch_map.shape[-2:], image_size, strict=True)
-        )
+        rows, columns = self._pixels_of_patches(patch_map, image_size)
         # The clamp is for rounding only: a pixel of 1 + 1e-7 would make torchmetrics take the map for logits.
         return (rows @ patch_map @ columns.T)[:, None].clamp(0, 1)
 
-    def _pixels_of_patches(self, count: int, size: int, like: torch.Tensor) -> torch.Tensor:
-        """Upsample and smooth unit vectors over ``count`` patches: a matrix ``(size, count)``."""
-        units = torch.eye(count, dtype=like.dtype, device=like.device)[None]
-        pixels = F.interpolate(units, size=count * self.patch_size, mode="linear", align_corners=False)
-        return self.blur(pixels[:, None, :, :size].transpose(2, 3))[0, 0]
+    def patch_weights(self, pixel_weights: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Turn a weighted sum of the map's pixels into the same sum of the patches, which is exact.
+
+        Args:
+            pixel_weights (torch.Tensor): Weights of the pixels ``(B, H, W)``.
+            grid (tuple[int, int]): Rows and columns of patches.
+
+        Returns:
+            torch.Tensor: Weights of the patches ``(B, h, w)``.
+
+        Example:
+            >>> generator = AnomalyMapGenerator(patch_size=2, sigma=1)
+            >>> patches, pixels = torch.rand(1, 3, 5), torch.rand(1, 6, 10)
+            >>> by_pixels = (generator(patches, (6, 10))[0, 0] * pixels[0]).sum()
+            >>> torch.allclose((generator.patch_weights(pixels, (3, 5)) * patches).sum(), by_pixels)
+            True
+        """
+        size = (pixel_weights.shape[-2], pixel_weights.shape[-1])
+        rows, columns = self._pixels_of_patches(pixel_weights.new_empty(grid), size)
+        return rows.T @ pixel_weights @ columns
+
+    def _pixels_of_patches(self, patch_map: torch.Tensor, image_size: tuple[int, int]) -> list[torch.Tensor]:
+        """What upsampling and smoothing do to the rows ``(H, h)`` and to the columns ``(W, w)``.
+
+        Both steps are linear and act on rows and columns apart. What they do to one row, found on unit vectors, is a
+        small matrix; two products with it cost a hundredth of smoothing the pixels themselves.
+        """
+        matrices = []
+        for count, size in zip(patch_map.shape[-2:], image_size, strict=True):
+            units = torch.eye(count, dtype=patch_map.dtype, device=patch_map.device)[None]
+            pixels = F.interpolate(units, size=count * self.patch_size, mode="linear", align_corners=False)
+            matrices.append(self.blur(pixels[:, None, :, :size].transpose(2, 3))[0, 0])
+        return matrices

@@ -17,8 +17,10 @@ from anomalib.data import InferenceBatch
 from torch import nn
 
 from .anomaly_map import AnomalyMapGenerator
-from .backbone import DEFAULT_BACKBONE, Backbone
+from .backbone import DEFAULT_BACKBONE, Backbone, Tokens
 from .distributed import any_process
+from .examples import Examples
+from .explanation import Explanation, explain
 from .guides import Guides, read_guides, save_guides, train_guides
 from .sae import TopKSAE, train_sae
 from .token_store import GIB, TokenStore
@@ -158,6 +160,7 @@ class SPGModel(nn.Module):
                 raise ValueError(msg) from exception
 
         self.store = TokenStore()
+        self.examples: Examples | None = None  # set it to keep training images for explanations
         self.seconds: dict[str, float] = {"backbone": 0.0, "sae": 0.0, "guides": 0.0}
 
     @property
@@ -240,7 +243,7 @@ class SPGModel(nn.Module):
             for guides, patches in zip(self.guides, tokens.patches, strict=True)
         ]).mean(dim=0)
         anomaly_map = self.anomaly_map_generator(probability.view(-1, *tokens.grid), size)
-        score = self._score(anomaly_map.flatten(1))
+        score = self.score(anomaly_map.flatten(1))
         if self.cls_weight > 0:
             cls = torch.stack([
                 guides.global_probability(pooled, self.temperature)
@@ -249,7 +252,44 @@ class SPGModel(nn.Module):
             score = torch.lerp(score, cls, self.cls_weight)
         return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
 
-    def _score(self, pixels: torch.Tensor) -> torch.Tensor:
+    def explain(self, images: torch.Tensor, tokens: Tokens | None = None) -> list[Explanation]:
+        """Split the scores of images into atoms; see :func:`anomalib_spg.explanation.explain`.
+
+        Args:
+            images (torch.Tensor): Normalised images ``(B, 3, H, W)``.
+            tokens (Tokens | None): What the backbone gave for them, where that is at hand. Defaults to ``None``.
+
+        Returns:
+            list[Explanation]: One per image.
+        """
+        tokens = self.backbone(images) if tokens is None else tokens
+        return explain(self, tokens, (images.shape[-2], images.shape[-1]))
+
+    def figures(self, examples: Examples | None = None) -> dict[str, tuple[str, Any]]:
+        """Draw what the guides look for.
+
+        Args:
+            examples (Examples | None): Training images to take example patches from. Defaults to ``None``.
+
+        Returns:
+            dict[str, tuple[str, Figure]]: By a name fit for a file, the title and the matplotlib figure of each layer.
+        """
+        from .figures import plot_guides  # matplotlib takes its time
+
+        return {
+            f"guides_block{block}": (f"what the guides of block {block} look for", plot_guides(guides, block, examples))
+            for block, guides in zip(self.backbone.layers, self.guides, strict=True)
+        }
+
+    def score(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Compute image scores from maps, as ``image_score`` says.
+
+        Args:
+            pixels (torch.Tensor): Pixels of the anomaly maps ``(B, P)``.
+
+        Returns:
+            torch.Tensor: Scores ``(B,)``.
+        """
         if self.image_score == "max":
             return pixels.amax(dim=1)
         if self.image_score == "top":
@@ -275,6 +315,8 @@ class SPGModel(nn.Module):
             self.check_memory(len(self.store) + len(images), size)
         start = time.perf_counter()
         tokens = self.backbone(images)
+        if self.examples is not None:
+            self.examples.add(images, self.backbone.mean, self.backbone.std, start=len(self.store))
         self.store.add(tokens, masks, (masks.flatten(1).any(dim=1) if labels is None else labels).tolist(), names)
         self.seconds["backbone"] += time.perf_counter() - start
         return tokens.patches[-1]
@@ -332,6 +374,8 @@ class SPGModel(nn.Module):
                     log=_EpochLog(log, f"block{block}"),
                     description=f"guides, block {block}",
                 )
+                if self.examples is not None:
+                    self.examples.find(block, self.guides[layer], store.patches[layer])
                 store.patches[layer], store.pooled[layer] = [], []
                 self.seconds["sae"] += middle - start
                 self.seconds["guides"] += time.perf_counter() - middle

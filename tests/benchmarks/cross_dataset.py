@@ -111,7 +111,7 @@ def test(model: SPGModel, category: Category, **options) -> Rates:
         probability = guides.local_probability(category.norm(image.float())[None], model.temperature)
         maps.append(model.anomaly_map_generator(probability.unflatten(1, GRID), (448, 448)))
     maps = torch.cat(maps)
-    return category.rate(model._score(maps.flatten(1)), maps)
+    return category.rate(model.score(maps.flatten(1)), maps)
 
 
 def main() -> None:  # noqa: C901  # a line for each row

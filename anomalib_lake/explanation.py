@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Why an image has its score: the score split exactly into the neurons that made it, and the text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from anomalib_spg.explanation import Explanation
+
+from .bank import average_neighbors
+
+if TYPE_CHECKING:
+    from anomalib_spg.backbone import Tokens
+
+    from .torch_model import LAKEModel
+
+
+@torch.no_grad()
+def explain(model: LAKEModel, tokens: Tokens, image_size: tuple[int, int]) -> list[Explanation]:
+    r"""Split the scores of a batch into neurons and text.
+
+    A patch's squared distance to the nearest normal patch is a sum over neurons, :math:`d^2 = \sum_k (x_k - m_k)^2`.
+    The structural part of its anomaly is divided among the neurons in proportion to those squares, block by block; the
+    image's score is the anomaly of its highest patch, hence the neurons and the text sum to it.
+
+    Args:
+        model (LAKEModel): Model with a normality bank.
+        tokens (Tokens): What its backbone gave for the images.
+        image_size (tuple[int, int]): Height and width of the images.
+
+    Returns:
+        list[Explanation]: One per image. ``other`` holds what the text adds, where it has a weight; ``nearest`` names
+            the normal patch of the block in which the highest patch deviates most.
+
+    Example:
+        >>> from anomalib_lake import LAKEModel
+        >>> model = LAKEModel("vit_tiny_patch16_224", layers=[5], pre_trained=False, neurons=20)
+        >>> _ = model.train()(torch.randn(2, 3, 64, 64))
+        >>> model.fit()
+        >>> images = torch.randn(1, 3, 64, 64)
+        >>> explanation = explain(model.eval(), model.backbone(images), (64, 64))[0]
+        >>> torch.allclose(explanation.contributions.sum(), model(images).pred_score[0], atol=1e-5)
+        True
+    """
+    by_block = dict(zip(model.backbone.layers, tokens.patches, strict=True))
+    text = model.semantic_activation(by_block[model.semantic_layer]) if model.text_weight > 0 else None
+    return [
+        _explain_image(
+            model,
+            {block: patches[index] for block, patches in by_block.items()},
+            None if text is None else text[index],
+            tokens.grid,
+            image_size,
+        )
+        for index in range(len(tokens.patches[0]))
+    ]
+
+
+def _explain_image(
+    model: LAKEModel,
+    by_block: dict[int, torch.Tensor],
+    text: torch.Tensor | None,
+    grid: tuple[int, int],
+    image_size: tuple[int, int],
+) -> Explanation:
+    """Explain one image from its raw tokens ``(N, D)`` by block and its semantic activation ``(N,)``."""
+    splits, distances, matches = [], [], []  # by scale: (N, L, K), (N, L), (N, L)
+    for number, scale in enumerate(model.scales):
+        found = []
+        for block, neurons, banks in zip(model.layers, model.neurons, model.banks, strict=True):
+            projected = neurons.project(by_block[block])[None]
+            x = neurons.normalize(average_neighbors(projected, grid, scale))[0]
+            bank = banks[number]
+            match = torch.cdist(x, bank.tokens).argmin(dim=1)
+            squares = (x - bank.tokens[match]).square()
+            distance = squares.sum(dim=1, keepdim=True).sqrt()
+            # distance = sum of squares / distance
+            found.append((squares / distance.clamp(min=1e-12) / bank.scale, distance[:, 0] / bank.scale, match))
+        for collected, values in zip((splits, distances, matches), zip(*found, strict=True), strict=True):
+            collected.append(torch.stack(values, dim=1))
+    deviations = torch.stack(distances).mean(dim=2)  # (S, N)
+    deviation, winner = deviations.max(dim=0)
+    patches = torch.arange(len(winner), device=winner.device)
+    split = torch.stack(splits)[winner, patches] / len(model.layers)  # (N, L, K)
+    structural = (1 - model.text_weight) / (1 + deviation)
+    maps = (split * structural[:, None, None]).flatten(1)
+    anomaly = structural * deviation
+    if text is not None:
+        anomaly = anomaly + model.text_weight * text
+    peak = int(anomaly.argmax())
+    scale = int(winner[peak])
+    layer = int(distances[scale][peak].argmax())
+    bank = model.banks[layer][scale]
+    match = matches[scale][peak, layer]
+    numbers = [neurons.indices if len(neurons.indices) else torch.arange(neurons.count) for neurons in model.neurons]
+    return Explanation(
+        unit="neuron",
+        score=float(anomaly[peak]),
+        base=0.0,
+        blocks=torch.tensor(model.layers).repeat_interleave(split.shape[2]),
+        units=torch.cat([indices.cpu() for indices in numbers]),
+        contributions=maps[peak].cpu(),
+        maps=maps.T.unflatten(1, grid).cpu(),
+        anomaly_map=model.anomaly_map_generator(anomaly.unflatten(0, grid)[None], image_size)[0, 0].cpu(),
+        peak=divmod(peak, grid[1]),
+        other={} if text is None else {"text": float(model.text_weight * text[peak])},
+        nearest=(int(bank.images[match]), int(bank.positions[match]), model.scales[scale]),
+    )

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Training images kept for explanations, and where in them the atoms fire most."""
+
+from __future__ import annotations
+
+import io
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.nn import functional as F  # noqa: N812
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .guides import Guides
+
+logger = logging.getLogger(__name__)
+
+FILE_FORMAT = "anomalib_spg.examples"
+
+
+def to_picture(image: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Undo the normalisation of an image.
+
+    Args:
+        image (torch.Tensor): Normalised image ``(3, H, W)``, or a grey one ``(1, H, W)``.
+        mean (Sequence[float]): Mean of each channel.
+        std (Sequence[float]): Standard deviation of each channel.
+
+    Returns:
+        np.ndarray: Image ``(H, W, 3)``, 8 bits.
+
+    Example:
+        >>> to_picture(torch.zeros(3, 1, 1), mean=[0.5, 0.5, 0.5], std=[0.2, 0.2, 0.2]).tolist()
+        [[[128, 128, 128]]]
+    """
+    image = image.detach().float().cpu()
+    pixels = image * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    return (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+class Examples:
+    """A bounded choice of the training images, as JPEG, and the patches in them where each atom fires most.
+
+    Every image has the same chance to be kept. The choice has a random generator of its own, so that keeping images
+    changes nothing of what is learned.
+
+    Args:
+        limit (int): Most images to keep. Defaults to 256 (ours), about 15 MB.
+        patch_size (int): Side of a patch in pixels.
+
+    Attributes:
+        images (dict[int, bytes]): JPEG files by the number of the image, in the order of training.
+        grid (tuple[int, int]): Rows and columns of patches.
+        patches (dict[tuple[int, int], list[tuple[int, int]]]): For a block and an atom, the images and the patches in
+            them where it fires most, the highest first.
+
+    Example:
+        >>> examples = Examples(patch_size=8)
+        >>> examples.add(torch.zeros(2, 3, 32, 48), mean=[0.5] * 3, std=[0.5] * 3)
+        >>> examples.crop(number=1, patch=0, window=3).shape
+        (24, 24, 3)
+    """
+
+    def __init__(self, limit: int = 256, patch_size: int = 16) -> None:
+        self.limit = limit
+        self.patch_size = patch_size
+        self.images: dict[int, bytes] = {}
+        self.grid: tuple[int, int] = (0, 0)
+        self.patches: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        self._seen = 0
+        self._random = np.random.default_rng(0)
+
+    def add(self, images: torch.Tensor, mean: Sequence[float], std: Sequence[float], start: int | None = None) -> None:
+        """Keep some of a batch.
+
+        Args:
+            images (torch.Tensor): Normalised images ``(B, 3, H, W)``.
+            mean (Sequence[float]): Mean of each channel.
+            std (Sequence[float]): Standard deviation of each channel.
+            start (int | None): Number of the first image. ``None`` counts on.
+        """
+        start = self._seen if start is None else start
+        self.grid = tuple(-(-size // self.patch_size) for size in images.shape[-2:])
+        for number, image in enumerate(images, start):
+            self._seen += 1
+            if len(self.images) >= self.limit:  # reservoir sampling
+                place = int(self._random.integers(self._seen))
+                if place >= self.limit:
+                    continue
+                del self.images[sorted(self.images)[place]]
+            file = io.BytesIO()
+            Image.fromarray(to_picture(image, mean, std)).save(file, "JPEG", quality=90)
+            self.images[number] = file.getvalue()
+
+    @torch.no_grad()
+    def find(self, block: int, guides: Guides, patches: Sequence[torch.Tensor], count: int = 4) -> None:
+        """Find where the atoms in use fire most: one product per kept image, no pass through the backbone.
+
+        Args:
+            block (int): Block the guides belong to.
+            guides (Guides): Guides with their atoms.
+            patches (Sequence[torch.Tensor]): Patch tokens ``(N, D)`` of every training image.
+            count (int): Examples per atom, each of another image. Defaults to 4.
+        """
+        numbers = sorted(self.images)
+        if not numbers or not len(guides.atoms):
+            return
+        device = guides.atoms.device
+        best = []
+        for number in numbers:
+            tokens = F.normalize(patches[number].to(device, torch.float32), dim=1)
+            best.append((tokens @ guides.atoms.T).max(dim=0))
+        values, positions = (torch.stack(parts) for parts in zip(*best, strict=True))
+        top = values.topk(min(count, len(numbers)), dim=0).indices
+        for column, atom in enumerate(guides.atom_indices.tolist()):
+            self.patches[block, atom] = [(numbers[row], int(positions[row, column])) for row in top[:, column].tolist()]
+
+    def crop(self, number: int, patch: int, window: int = 5) -> np.ndarray | None:
+        """Cut out a patch and its surroundings.
+
+        Args:
+            number (int): Number of the image.
+            patch (int): Number of the patch in it.
+            window (int): Side of the cut in patches, odd; it is moved where it would leave the image. Defaults to 5.
+
+        Returns:
+            np.ndarray | None: Picture ``(window * patch size, window * patch size, 3)`` with the patch outlined,
+                smaller if the image is; ``None`` if the image was not kept.
+        """
+        if number not in self.images:
+            return None
+        picture = np.asarray(Image.open(io.BytesIO(self.images[number])))
+        return crop(picture, divmod(patch, self.grid[1]), self.grid, self.patch_size, window)
+
+    def of(self, block: int, atom: int, window: int = 5) -> list[np.ndarray]:
+        """Cut out the example patches of an atom; none if there are none.
+
+        Args:
+            block (int): Block.
+            atom (int): Row of its dictionary.
+            window (int): Side of the cuts in patches. Defaults to 5.
+
+        Returns:
+            list[np.ndarray]: Pictures, the highest activation first.
+        """
+        cuts = (self.crop(number, patch, window) for number, patch in self.patches.get((block, atom), ()))
+        return [cut for cut in cuts if cut is not None]
+
+    def save(self, path: str | Path) -> Path | None:
+        """Write what explanations can use to a safetensors file: for atoms, only the images their patches are in.
+
+        Args:
+            path (str | Path): File; folders are made.
+
+        Returns:
+            Path | None: The file; ``None``, with a warning, if it cannot be written: pictures are not worth a run.
+        """
+        path = Path(path)
+        used = {number for places in self.patches.values() for number, _ in places} if self.patches else self.images
+        tensors = {f"image.{n}": torch.from_numpy(np.frombuffer(self.images[n], np.uint8).copy()) for n in used}
+        tensors["grid"] = torch.tensor([*self.grid, self.patch_size])
+        for (block, atom), places in self.patches.items():
+            tensors[f"atom.{block}.{atom}"] = torch.tensor(places)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, path, {"format": FILE_FORMAT})
+        except (OSError, SafetensorError) as exception:
+            logger.warning("Explanations will lack examples: could not write '%s' (%s).", path, exception)
+            path.unlink(missing_ok=True)
+            return None
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Examples:
+        """Read a file written by :meth:`save`.
+
+        Args:
+            path (str | Path): File.
+
+        Returns:
+            Examples: What was saved.
+
+        Raises:
+            ValueError: If the file cannot be read or holds something else.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+        except (OSError, SafetensorError) as exception:
+            msg = f"Cannot read the examples file '{path}': {exception}. Train again with ExplanationVisualizer."
+            raise ValueError(msg) from exception
+        if header.get("format") != FILE_FORMAT:
+            msg = (
+                f"'{path}' holds no example images. ExplanationVisualizer leaves them as weights/examples.safetensors."
+            )
+            raise ValueError(msg)
+        *grid, patch_size = tensors.pop("grid").tolist()
+        examples = cls(patch_size=patch_size)
+        examples.grid = tuple(grid)
+        for name, tensor in tensors.items():
+            kind, *numbers = name.split(".")
+            if kind == "image":
+                examples.images[int(numbers[0])] = tensor.numpy().tobytes()
+            else:
+                examples.patches[int(numbers[0]), int(numbers[1])] = [tuple(place) for place in tensor.tolist()]
+        return examples
+
+
+def patch_box(place: tuple[int, int], grid: tuple[int, int], patch_size: int, window: int) -> tuple[int, int, int]:
+    """Square around a patch, moved where it would leave the grid.
+
+    Args:
+        place (tuple[int, int]): Row and column of the patch.
+        grid (tuple[int, int]): Rows and columns of patches.
+        patch_size (int): Side of a patch in pixels.
+        window (int): Side of the square in patches, odd.
+
+    Returns:
+        tuple[int, int, int]: Top, left and side in pixels.
+
+    Example:
+        >>> patch_box((0, 4), grid=(8, 8), patch_size=14, window=3)
+        (0, 42, 42)
+    """
+    window = min(window, *grid)
+    top, left = (min(max(at - window // 2, 0), size - window) for at, size in zip(place, grid, strict=True))
+    return top * patch_size, left * patch_size, window * patch_size
+
+
+def crop(
+    picture: np.ndarray,
+    place: tuple[int, int],
+    grid: tuple[int, int],
+    patch_size: int,
+    window: int,
+) -> np.ndarray:
+    """Cut out a patch and its surroundings, and outline the patch.
+
+    Args:
+        picture (np.ndarray): Picture ``(H, W, 3)``, 8 bits.
+        place (tuple[int, int]): Row and column of the patch.
+        grid (tuple[int, int]): Rows and columns of patches.
+        patch_size (int): Side of a patch in pixels.
+        window (int): Side of the cut in patches, odd; it is moved where it would leave the picture.
+
+    Returns:
+        np.ndarray: Picture of at most ``window * patch_size`` a side.
+
+    Example:
+        >>> crop(np.zeros((64, 64, 3), np.uint8), (1, 2), (8, 8), patch_size=8, window=3).shape
+        (24, 24, 3)
+    """
+    top, left, side = patch_box(place, grid, patch_size, window)
+    outlined = Image.fromarray(picture)
+    y, x = place[0] * patch_size, place[1] * patch_size
+    ImageDraw.Draw(outlined).rectangle((x, y, x + patch_size - 1, y + patch_size - 1), outline=(255, 210, 0))
+    return np.asarray(outlined)[top : top + side, left : left + side]

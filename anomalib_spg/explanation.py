@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Why an image has its score: the score split exactly into the atoms that made it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+if TYPE_CHECKING:
+    from .backbone import Tokens
+    from .guides import Guides
+    from .torch_model import SPGModel
+
+
+@dataclass
+class Explanation:
+    """The score of one image, split into parts: ``score = base + contributions.sum() + sum(other.values())``.
+
+    Attributes:
+        unit (str): What the parts are: ``"atom"`` or ``"neuron"``.
+        score (float): Raw score of the image, in [0, 1].
+        base (float): What is left of it without any part.
+        blocks (torch.Tensor): 0-based block each part belongs to ``(n,)``.
+        units (torch.Tensor): Atom (row of the block's dictionary) or neuron (channel) of each part ``(n,)``.
+        contributions (torch.Tensor): What each part adds to the score, negative ones too ``(n,)``.
+        maps (torch.Tensor): What each part adds to the patches of the anomaly map, before smoothing ``(n, h, w)``.
+        anomaly_map (torch.Tensor): The anomaly map ``(H, W)``, in [0, 1].
+        peak (tuple[int, int]): Row and column of the patch the score comes from most.
+        other (dict[str, float]): What the score owes to anything but the parts, by name.
+        nearest (tuple[int, int, int] | None): Number of the normal image the peak was compared with, number of the
+            patch in it, and side of the window in patches (LAKE).
+    """
+
+    unit: str
+    score: float
+    base: float
+    blocks: torch.Tensor
+    units: torch.Tensor
+    contributions: torch.Tensor
+    maps: torch.Tensor
+    anomaly_map: torch.Tensor
+    peak: tuple[int, int]
+    other: dict[str, float] = field(default_factory=dict)
+    nearest: tuple[int, int, int] | None = None
+
+    @property
+    def shares(self) -> torch.Tensor:
+        """Share of each part in all that speaks for an anomaly ``(n,)``; 0 for parts that speak against."""
+        for_anomaly = self.contributions.clamp(min=0)
+        return for_anomaly / (for_anomaly.sum() + sum(max(0.0, value) for value in self.other.values())).clamp(
+            min=1e-12
+        )
+
+    def top(self, count: int = 5) -> list[int]:
+        """Indices of the parts that add most, the largest first; only parts that speak for an anomaly.
+
+        Args:
+            count (int): At most so many. Defaults to 5.
+
+        Returns:
+            list[int]: Indices into the parts.
+        """
+        order = self.contributions.argsort(descending=True)[:count]
+        return order[self.contributions[order] > 0].tolist()
+
+
+@torch.no_grad()
+def explain(model: SPGModel, tokens: Tokens, image_size: tuple[int, int]) -> list[Explanation]:
+    r"""Split the scores of a batch into atoms.
+
+    The cosines to the two local guides are sums over atoms :math:`c`. With :math:`w_c = a_c / \lVert g_a \rVert - n_c /
+    \lVert g_n \rVert` from the coefficients of the anomaly and the normal guide,
+
+    .. math:: \cos(x, g_a) - \cos(x, g_n) = \sum_c w_c \frac{A_c \cdot x}{\lVert x \rVert} = \sum_c t_c(x).
+
+    The probability is the sigmoid of that sum, so its distance from 1/2, which is no preference, is divided among the
+    atoms in proportion to their terms: :math:`p - 1/2 = \sum_c t_c \, (p - 1/2) / \sum_c t_c`. Averaging layers,
+    upsampling and smoothing are linear, hence the terms of all atoms sum to every pixel of the map and to the score.
+
+    Args:
+        model (SPGModel): Model with guides.
+        tokens (Tokens): What its backbone gave for the images.
+        image_size (tuple[int, int]): Height and width of the images.
+
+    Returns:
+        list[Explanation]: One per image. With ``image_score="lse"``, which is not linear, ``other`` holds what the
+            score lies above the weighted mean of the pixels.
+
+    Example:
+        >>> from anomalib_spg import SPGModel
+        >>> model = SPGModel("vit_tiny_patch16_224", layers=[5], pre_trained=False).eval()
+        >>> model.guides[0].set(F.normalize(torch.randn(6, 192), dim=1), torch.arange(6), torch.rand(4, 6))
+        >>> images = torch.randn(1, 3, 64, 64)
+        >>> explanation = explain(model, model.backbone(images), (64, 64))[0]
+        >>> total = explanation.base + explanation.contributions.sum()
+        >>> torch.allclose(total, model(images).pred_score[0], atol=1e-5), explanation.maps.shape
+        (True, torch.Size([6, 4, 4]))
+    """
+    layers = list(zip(model.guides, tokens.patches, strict=True))
+    maps = torch.cat([_terms(guides, patches, 2, model.temperature) for guides, patches in layers], dim=2) / len(layers)
+    probability = 0.5 + maps.sum(dim=2)
+    anomaly_map = model.anomaly_map_generator(probability.unflatten(1, tokens.grid), image_size)[:, 0]
+    pixel_weights = _pixel_weights(model, anomaly_map)
+    patch_weights = model.anomaly_map_generator.patch_weights(pixel_weights, tokens.grid).flatten(1)
+    contributions = torch.einsum("bnc,bn->bc", maps, patch_weights)
+    scores = model.score(anomaly_map.flatten(1))
+    rest = scores - 0.5 - contributions.sum(dim=1)
+    if model.cls_weight > 0:
+        pooled = [
+            _terms(guides, x, 0, model.temperature) for guides, x in zip(model.guides, tokens.pooled, strict=True)
+        ]
+        by_pooled = torch.cat(pooled, dim=1) / len(layers)
+        contributions = torch.lerp(contributions, by_pooled, model.cls_weight)
+        scores = torch.lerp(scores, 0.5 + by_pooled.sum(dim=1), model.cls_weight)
+        rest *= 1 - model.cls_weight
+    blocks = torch.cat([
+        torch.full((len(guides.atoms),), block)
+        for guides, block in zip(model.guides, model.backbone.layers, strict=True)
+    ])
+    units = torch.cat([guides.atom_indices for guides in model.guides]).cpu()
+    return [
+        Explanation(
+            unit="atom",
+            score=float(scores[i]),
+            base=0.5,
+            blocks=blocks,
+            units=units,
+            contributions=contributions[i].cpu(),
+            maps=maps[i].T.unflatten(1, tokens.grid).cpu(),
+            anomaly_map=anomaly_map[i].cpu(),
+            peak=divmod(int((patch_weights[i] * probability[i]).argmax()), tokens.grid[1]),
+            other={"image score": float(rest[i])} if model.image_score == "lse" else {},
+        )
+        for i in range(len(scores))
+    ]
+
+
+def _terms(guides: Guides, tokens: torch.Tensor, row: int, temperature: float) -> torch.Tensor:
+    """Divide ``p - 1/2`` among the atoms: tokens ``(..., D)`` give ``(..., n)``; ``row`` is the normal guide's."""
+    normal, anomaly = guides.vectors[row : row + 2].norm(dim=1).clamp(min=1e-12)
+    weights = guides.coefficients[row + 1] / anomaly - guides.coefficients[row] / normal
+    terms = F.normalize(tokens, dim=-1, eps=1e-8) @ guides.atoms.T * weights
+    logit = terms.sum(dim=-1, keepdim=True) / temperature
+    # (sigmoid(l) - 1/2) / l = tanh(l / 2) / 2l, which is 1/4 where l is nothing
+    safe = torch.where(logit.abs() > 1e-4, logit, 1.0)
+    per_logit = torch.where(logit.abs() > 1e-4, torch.tanh(safe / 2) / (2 * safe), 0.25)
+    return terms * per_logit / temperature
+
+
+def _pixel_weights(model: SPGModel, anomaly_map: torch.Tensor) -> torch.Tensor:
+    """How much each pixel counts in the image score; they sum to 1 ``(B, H, W)``."""
+    pixels = anomaly_map.flatten(1)
+    if model.image_score == "lse":
+        weights = torch.softmax(pixels / model.temperature, dim=1)
+    else:
+        count = 1 if model.image_score == "max" else max(1, round(model.top_fraction * pixels.shape[1]))
+        chosen = pixels.topk(count, dim=1).indices
+        weights = torch.zeros_like(pixels).scatter_(1, chosen, 1 / count)
+    return weights.view_as(anomaly_map)

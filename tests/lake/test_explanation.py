@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Neurons and text sum to the score, and each neuron has its share of the squared distance."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from anomalib_lake import LAKEModel
+from tests.lake.conftest import TINY, TINY_CLIP
+
+
+def fitted(**arguments: object) -> LAKEModel:
+    """A model with a bank of two random images."""
+    model = LAKEModel(**{"backbone": TINY, "layers": [3, 6], "pre_trained": False, "neurons": 20, **arguments})
+    with torch.no_grad():
+        model.train()(torch.randn(2, 3, 96, 128))
+    model.fit("part")
+    return model.eval()
+
+
+def check_sum(model: LAKEModel) -> None:
+    """The parts sum to the scores of what the model itself returns, and to its maps."""
+    images = torch.randn(3, 3, 96, 128)
+    with torch.no_grad():
+        expected = model(images)
+    for index, explanation in enumerate(model.explain(images)):
+        total = explanation.base + explanation.contributions.sum() + sum(explanation.other.values())
+        torch.testing.assert_close(total, expected.pred_score[index], atol=1e-5, rtol=0)
+        torch.testing.assert_close(explanation.anomaly_map, expected.anomaly_map[index, 0], atol=1e-5, rtol=0)
+        assert float(explanation.shares.sum()) == pytest.approx(
+            1 - explanation.other.get("text", 0) / float(total), abs=1e-4
+        )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"scales": [1]},
+        {"normalization": "none"},
+        {"normalization": "before"},
+        {"selection": "pca"},
+        {"layers": [5]},
+    ],
+    ids=str,
+)
+def test_neurons_sum_to_score(arguments: dict[str, object]) -> None:
+    """Without text, for every way to project tokens."""
+    check_sum(fitted(**arguments))
+
+
+def test_neurons_and_text_sum_to_score(clip_file: Path) -> None:
+    """With text, whose part is its weight times the semantic activation of the highest patch."""
+    model = fitted(backbone=TINY_CLIP, weights=clip_file, pre_trained=True, text_weight=0.4, layers=[3, 6])
+    check_sum(model)
+    explanation = model.explain(torch.randn(1, 3, 96, 128))[0]
+    assert 0 < explanation.other["text"] < 0.4
+
+
+@torch.no_grad()
+def test_shares_are_those_of_the_squared_distance() -> None:
+    """One block and one scale: recomputed from tokens and bank, the nearest patch by brute force."""
+    model = fitted(layers=[5], scales=[1])
+    images = torch.randn(1, 3, 96, 128)
+    explanation = model.explain(images)[0]
+    x = model.neurons[0](model.backbone(images).patches[0])[0]
+    bank = model.banks[0][0]
+    distances = (x[:, None] - bank.tokens[None]).square().sum(dim=2)
+    peak = int(distances.amin(dim=1).argmax())
+    match = int(distances[peak].argmin())
+    squares = (x[peak] - bank.tokens[match]).square()
+    torch.testing.assert_close(explanation.shares, squares / squares.sum(), atol=1e-5, rtol=0)
+    assert explanation.units.tolist() == model.neurons[0].indices.tolist()
+    assert explanation.peak == divmod(peak, 8)
+    assert explanation.nearest == (int(bank.images[match]), int(bank.positions[match]), 1)

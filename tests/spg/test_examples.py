@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Training images kept for explanations."""
+
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from anomalib_spg import SPGModel
+from anomalib_spg.examples import Examples, to_picture
+from anomalib_spg.guides import Guides
+
+MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.2, 0.2]
+
+
+def image(value: float) -> torch.Tensor:
+    """A normalised image of one grey."""
+    return ((torch.full((3, 32, 48), value) - torch.tensor(MEAN)[:, None, None]) / 0.2)[None]
+
+
+def test_pictures_undo_the_normalisation() -> None:
+    """Grey stays grey, also from a single channel."""
+    assert np.abs(to_picture(image(0.25)[0], MEAN, STD).astype(int) - 64).max() <= 1
+    assert to_picture(torch.zeros(1, 4, 4), MEAN, STD).shape == (4, 4, 3)
+
+
+def test_bounded_and_every_image_has_the_same_chance() -> None:
+    """Of 40 images 8 are kept, over many draws each about as often; torch's random state stays as it was."""
+    state = torch.get_rng_state()
+    counts = np.zeros(40)
+    for seed in range(60):
+        examples = Examples(limit=8, patch_size=16)
+        examples._random = np.random.default_rng(seed)
+        for _ in range(10):
+            examples.add(torch.zeros(4, 3, 16, 16), MEAN, STD)
+        assert len(examples.images) == 8
+        counts[list(examples.images)] += 1
+    assert torch.equal(torch.get_rng_state(), state)
+    assert counts.sum() == 480
+    assert counts.min() >= 3
+    assert counts.max() <= 25
+
+
+def test_examples_are_where_atoms_fire_most(tmp_path: Path) -> None:
+    """Found by hand: the atom is an axis, and the patch along it wins, one patch per image; a file keeps them."""
+    examples = Examples(patch_size=16)
+    for number in range(3):
+        examples.add(image(number / 4), MEAN, STD)
+    guides = Guides(dim=2)
+    guides.set(torch.eye(2), torch.tensor([5, 8]), torch.rand(4, 2) + 0.1)
+    tokens = [torch.rand(6, 2) + 1 for _ in range(3)]
+    tokens[2][4] = torch.tensor([9.0, 0.0])  # most along the first axis
+    tokens[0][1] = torch.tensor([50.0, 10.0])  # longer, but less along it
+    examples.find(6, guides, tokens, count=2)
+    assert examples.patches[6, 5] == [(2, 4), (0, 1)]
+    restored = Examples.load(examples.save(tmp_path / "weights" / "examples.safetensors"))
+    assert restored.patches == examples.patches
+    assert restored.grid == (2, 3)
+    cuts = restored.of(6, 5, window=1)
+    assert [cut.shape for cut in cuts] == [(16, 16, 3)] * 2
+    assert abs(int(cuts[0][8, 8, 0]) - 128) < 4  # image 2 is half grey
+    assert restored.of(6, 99) == []
+
+
+def test_cuts_stay_inside_and_outline_the_patch() -> None:
+    """At the edge the cut moves, and the outline is where the patch is."""
+    examples = Examples(patch_size=8)
+    examples.add(torch.zeros(1, 3, 64, 64), MEAN, STD)
+    cut = examples.crop(0, patch=0, window=3)
+    assert cut.shape == (24, 24, 3)
+    assert tuple(cut[0, 0]) == (255, 210, 0)
+    assert tuple(cut[12, 12]) != (255, 210, 0)
+    assert examples.crop(1, patch=0) is None
+
+
+def test_what_is_learned_does_not_depend_on_them() -> None:
+    """Guides are bit-identical with and without examples."""
+    vectors = []
+    for examples in (None, Examples(limit=2, patch_size=16)):
+        torch.manual_seed(0)
+        model = SPGModel(
+            "vit_tiny_patch16_224", layers=[5], pre_trained=False, num_atoms=32, k=4, sae_epochs=2, guide_epochs=2
+        )
+        model.examples = examples
+        masks = torch.zeros(4, 64, 64)
+        masks[:2, :32, :32] = 1
+        model.train()(torch.randn(4, 3, 64, 64), masks)
+        model.fit()
+        vectors.append(model.guides[0].vectors)
+    assert torch.equal(*vectors)
+    assert len(examples.images) == 2
+    assert {atom for _, atom in examples.patches} == set(model.guides[0].atom_indices.tolist())
+
+
+def test_a_full_disk_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The run goes on."""
+    examples = Examples()
+    examples.add(image(0.5), MEAN, STD)
+    with patch("anomalib_spg.examples.save_file", side_effect=OSError("No space left on device")):
+        assert examples.save(tmp_path / "examples.safetensors") is None
+    assert "No space left" in caplog.text
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    """Messages name the file."""
+    with pytest.raises(ValueError, match=r"Cannot read the examples file.*none\.safetensors"):
+        Examples.load(tmp_path / "none.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"x\.safetensors' holds no example images"):
+        Examples.load(tmp_path / "x.safetensors")
