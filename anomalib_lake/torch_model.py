@@ -288,7 +288,7 @@ class LAKEModel(nn.Module):
             raise ValueError(msg)
         self._grid = grid
         if self.examples is not None:
-            self.examples.add(images, self.backbone.mean, self.backbone.std, start=self.num_stored)
+            self.examples.add(images, self.backbone.mean, self.backbone.std, self.num_stored)
         for layer, stored in zip(self.layers, self._stored, strict=True):
             stored.append(tokens[layer])
         return tokens[self.layers[-1]]

@@ -76,9 +76,17 @@ class Examples:
         self.grid: tuple[int, int] = (0, 0)
         self.patches: dict[tuple[int, int], list[tuple[int, int]]] = {}
         self._seen = 0
+        self._sources: dict[int, str] = {}
         self._random = np.random.default_rng(0)
 
-    def add(self, images: torch.Tensor, mean: Sequence[float], std: Sequence[float], start: int | None = None) -> None:
+    def add(
+        self,
+        images: torch.Tensor,
+        mean: Sequence[float],
+        std: Sequence[float],
+        start: int | None = None,
+        names: Sequence[str] | None = None,
+    ) -> None:
         """Keep some of a batch.
 
         Args:
@@ -86,6 +94,7 @@ class Examples:
             mean (Sequence[float]): Mean of each channel.
             std (Sequence[float]): Standard deviation of each channel.
             start (int | None): Number of the first image. ``None`` counts on.
+            names (Sequence[str] | None): Names of the images; what follows the last ``#`` tells views of one apart.
         """
         start = self._seen if start is None else start
         self.grid = tuple(-(-size // self.patch_size) for size in images.shape[-2:])
@@ -99,6 +108,8 @@ class Examples:
             file = io.BytesIO()
             Image.fromarray(to_picture(image, mean, std)).save(file, "JPEG", quality=90)
             self.images[number] = file.getvalue()
+            if names:
+                self._sources[number] = names[number - start].rpartition("#")[0]
 
     @torch.no_grad()
     def find(self, block: int, guides: Guides, patches: Sequence[torch.Tensor], count: int = 4) -> None:
@@ -108,7 +119,7 @@ class Examples:
             block (int): Block the guides belong to.
             guides (Guides): Guides with their atoms.
             patches (Sequence[torch.Tensor]): Patch tokens ``(N, D)`` of every training image.
-            count (int): Examples per atom, each of another image. Defaults to 4.
+            count (int): Examples per atom, each of another image, not only of another view. Defaults to 4.
         """
         numbers = sorted(self.images)
         if not numbers or not len(guides.atoms):
@@ -119,9 +130,15 @@ class Examples:
             tokens = F.normalize(patches[number].to(device, torch.float32), dim=1)
             best.append((tokens @ guides.atoms.T).max(dim=0))
         values, positions = (torch.stack(parts) for parts in zip(*best, strict=True))
-        top = values.topk(min(count, len(numbers)), dim=0).indices
+        order, positions = values.argsort(dim=0, descending=True).cpu(), positions.cpu()
         for column, atom in enumerate(guides.atom_indices.tolist()):
-            self.patches[block, atom] = [(numbers[row], int(positions[row, column])) for row in top[:, column].tolist()]
+            of_sources: dict[int | str, tuple[int, int]] = {}
+            for row in order[:, column].tolist():
+                number = numbers[row]
+                of_sources.setdefault(self._sources.get(number, number), (number, int(positions[row, column])))
+                if len(of_sources) == count:
+                    break
+            self.patches[block, atom] = list(of_sources.values())
 
     def crop(self, number: int, patch: int, window: int = 5) -> np.ndarray | None:
         """Cut out a patch and its surroundings.

@@ -12,7 +12,6 @@ from torch.nn import functional as F  # noqa: N812
 
 if TYPE_CHECKING:
     from .backbone import Tokens
-    from .guides import Guides
     from .torch_model import SPGModel
 
 
@@ -31,6 +30,7 @@ class Explanation:
         anomaly_map (torch.Tensor): The anomaly map ``(H, W)``, in [0, 1].
         peak (tuple[int, int]): Row and column of the patch the score comes from most.
         other (dict[str, float]): What the score owes to anything but the parts, by name.
+        absent (torch.Tensor | None): Atoms that push to normal and add to the score by not being there ``(n,)`` (SPG).
         nearest (tuple[int, int, int] | None): Number of the normal image the peak was compared with, number of the
             patch in it, and side of the window in patches (LAKE).
     """
@@ -45,6 +45,7 @@ class Explanation:
     anomaly_map: torch.Tensor
     peak: tuple[int, int]
     other: dict[str, float] = field(default_factory=dict)
+    absent: torch.Tensor | None = None
     nearest: tuple[int, int, int] | None = None
 
     @property
@@ -72,8 +73,8 @@ class Explanation:
 def explain(model: SPGModel, tokens: Tokens, image_size: tuple[int, int]) -> list[Explanation]:
     r"""Split the scores of a batch into atoms.
 
-    The cosines to the two local guides are sums over atoms :math:`c`. With :math:`w_c = a_c / \lVert g_a \rVert - n_c /
-    \lVert g_n \rVert` from the coefficients of the anomaly and the normal guide,
+    The cosines to the two local guides are sums over atoms :math:`c`. With :math:`w_c` of
+    :meth:`Guides.local_strengths`,
 
     .. math:: \cos(x, g_a) - \cos(x, g_n) = \sum_c w_c \frac{A_c \cdot x}{\lVert x \rVert} = \sum_c t_c(x).
 
@@ -101,7 +102,8 @@ def explain(model: SPGModel, tokens: Tokens, image_size: tuple[int, int]) -> lis
         (True, torch.Size([6, 4, 4]))
     """
     layers = list(zip(model.guides, tokens.patches, strict=True))
-    maps = torch.cat([_terms(guides, patches, 2, model.temperature) for guides, patches in layers], dim=2) / len(layers)
+    maps = [_terms(patches, guides.atoms, guides.local_strengths(), model.temperature) for guides, patches in layers]
+    maps = torch.cat(maps, dim=2) / len(layers)
     probability = 0.5 + maps.sum(dim=2)
     anomaly_map = model.anomaly_map_generator(probability.unflatten(1, tokens.grid), image_size)[:, 0]
     pixel_weights = _pixel_weights(model, anomaly_map)
@@ -111,7 +113,8 @@ def explain(model: SPGModel, tokens: Tokens, image_size: tuple[int, int]) -> lis
     rest = scores - 0.5 - contributions.sum(dim=1)
     if model.cls_weight > 0:
         pooled = [
-            _terms(guides, x, 0, model.temperature) for guides, x in zip(model.guides, tokens.pooled, strict=True)
+            _terms(x, guides.atoms, guides.global_strengths(), model.temperature)
+            for guides, x in zip(model.guides, tokens.pooled, strict=True)
         ]
         by_pooled = torch.cat(pooled, dim=1) / len(layers)
         contributions = torch.lerp(contributions, by_pooled, model.cls_weight)
@@ -122,6 +125,7 @@ def explain(model: SPGModel, tokens: Tokens, image_size: tuple[int, int]) -> lis
         for guides, block in zip(model.guides, model.backbone.layers, strict=True)
     ])
     units = torch.cat([guides.atom_indices for guides in model.guides]).cpu()
+    pushes_to_normal = torch.cat([guides.local_strengths() < 0 for guides in model.guides]).cpu()
     return [
         Explanation(
             unit="atom",
@@ -132,6 +136,7 @@ def explain(model: SPGModel, tokens: Tokens, image_size: tuple[int, int]) -> lis
             contributions=contributions[i].cpu(),
             maps=maps[i].T.unflatten(1, tokens.grid).cpu(),
             anomaly_map=anomaly_map[i].cpu(),
+            absent=(contributions[i] > 0).cpu() & pushes_to_normal,
             peak=divmod(int((patch_weights[i] * probability[i]).argmax()), tokens.grid[1]),
             other={"image score": float(rest[i])} if model.image_score == "lse" else {},
         )
@@ -139,11 +144,9 @@ def explain(model: SPGModel, tokens: Tokens, image_size: tuple[int, int]) -> lis
     ]
 
 
-def _terms(guides: Guides, tokens: torch.Tensor, row: int, temperature: float) -> torch.Tensor:
-    """Divide ``p - 1/2`` among the atoms: tokens ``(..., D)`` give ``(..., n)``; ``row`` is the normal guide's."""
-    normal, anomaly = guides.vectors[row : row + 2].norm(dim=1).clamp(min=1e-12)
-    weights = guides.coefficients[row + 1] / anomaly - guides.coefficients[row] / normal
-    terms = F.normalize(tokens, dim=-1, eps=1e-8) @ guides.atoms.T * weights
+def _terms(tokens: torch.Tensor, atoms: torch.Tensor, strengths: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Divide ``p - 1/2`` among the atoms: tokens ``(..., D)`` give ``(..., n)``."""
+    terms = F.normalize(tokens, dim=-1, eps=1e-8) @ atoms.T * strengths
     logit = terms.sum(dim=-1, keepdim=True) / temperature
     # (sigmoid(l) - 1/2) / l = tanh(l / 2) / 2l, which is 1/4 where l is nothing
     safe = torch.where(logit.abs() > 1e-4, logit, 1.0)

@@ -220,6 +220,7 @@ class ExplanationVisualizer(ImageVisualizer):
                     "unit": int(explanation.units[part]),
                     "adds": float(explanation.contributions[part]),
                     "share": float(shares[part]),
+                    "absent": explanation.absent is not None and bool(explanation.absent[part]),
                 }
                 for part in top
             ],

@@ -133,7 +133,9 @@ def plot_explanation(
     maximum = float(explanation.maps[top].max()) if top else 1.0
     for row, part in enumerate(top):
         name = f"{explanation.unit} {int(explanation.units[part])}\nof block {int(explanation.blocks[part])}"
-        share = f"adds {float(explanation.contributions[part]):.3f}\n{float(shares[part]):.0%} of all\nthat adds"
+        absent = explanation.absent is not None and bool(explanation.absent[part])
+        share = f"{'is absent: ' if absent else ''}adds {float(explanation.contributions[part]):.3f}"
+        share += f"\n{float(shares[part]):.0%} of all\nthat adds"
         axes = figure.add_subplot(rows[row, 0])
         axes.axis("off")
         axes.text(0, 0.72, name, fontsize=9, va="center", fontweight="bold", color=FOR)
@@ -210,8 +212,8 @@ def sentence(explanation: Explanation, top: Sequence[int]) -> str:
 def plot_guides(guides: Guides, block: int, examples: Examples | None = None, atoms: int = 8) -> Figure:
     """Show what SPG's local guides of a block look for: the atoms that push most to anomaly and to normal.
 
-    An atom's strength is what it adds to the difference of the two cosines for a patch that is the atom itself:
-    its coefficient in the anomaly guide over that guide's norm, less the same for the normal guide.
+    An atom's strength is what it adds to the difference of the two cosines for a patch that is the atom itself, see
+    :meth:`Guides.local_strengths`.
 
     Args:
         guides (Guides): Guides of the block.
@@ -229,8 +231,7 @@ def plot_guides(guides: Guides, block: int, examples: Examples | None = None, at
         >>> [axes.get_title() for axes in plot_guides(guides, block=5).axes]
         ['push to anomaly', 'push to normal']
     """
-    normal, anomaly = guides.vectors[2:].norm(dim=1).clamp(min=1e-12)
-    strengths = (guides.coefficients[3] / anomaly - guides.coefficients[2] / normal).cpu()
+    strengths = guides.local_strengths().cpu()
     order = strengths.argsort(descending=True)
     sides = [
         ("push to anomaly", [i for i in order[:atoms].tolist() if strengths[i] > 0], FOR),

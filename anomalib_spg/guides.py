@@ -76,6 +76,19 @@ class Guides(DynamicBufferMixin):
         self.coefficients = coefficients[:, used]
         self.vectors = self.coefficients @ self.atoms
 
+    def local_strengths(self) -> torch.Tensor:
+        r"""What each atom adds to the difference of the cosines of a patch that is the atom itself.
+
+        Returns:
+            torch.Tensor: :math:`w_c = a_c / \lVert g_a \rVert - n_c / \lVert g_n \rVert` from the coefficients of the
+            anomaly and the normal guide ``(n,)``: positive ones push to anomaly, negative ones to normal.
+        """
+        return _strengths(self.coefficients[2:], self.vectors[2:])
+
+    def global_strengths(self) -> torch.Tensor:
+        """The same for the guides of the pooled token ``(n,)``."""
+        return _strengths(self.coefficients[:2], self.vectors[:2])
+
     def local_probability(self, patches: torch.Tensor, temperature: float) -> torch.Tensor:
         """Probability of each patch being anomalous.
 
@@ -94,6 +107,11 @@ class Guides(DynamicBufferMixin):
     def global_probability(self, pooled: torch.Tensor, temperature: float) -> torch.Tensor:
         """Probability of each image being anomalous by its pooled token ``(..., D)``."""
         return anomaly_probability(pooled, self.vectors[0], self.vectors[1], temperature)
+
+
+def _strengths(coefficients: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    normal, anomaly = coefficients / vectors.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    return anomaly - normal
 
 
 def anomaly_probability(

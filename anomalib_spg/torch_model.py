@@ -316,7 +316,7 @@ class SPGModel(nn.Module):
         start = time.perf_counter()
         tokens = self.backbone(images)
         if self.examples is not None:
-            self.examples.add(images, self.backbone.mean, self.backbone.std, start=len(self.store))
+            self.examples.add(images, self.backbone.mean, self.backbone.std, len(self.store), names)
         self.store.add(tokens, masks, (masks.flatten(1).any(dim=1) if labels is None else labels).tolist(), names)
         self.seconds["backbone"] += time.perf_counter() - start
         return tokens.patches[-1]

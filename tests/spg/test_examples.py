@@ -66,6 +66,16 @@ def test_examples_are_where_atoms_fire_most(tmp_path: Path) -> None:
     assert restored.of(6, 99) == []
 
 
+def test_views_of_an_image_count_once() -> None:
+    """Of two views of an image only the one where the atom fires more is an example."""
+    examples = Examples(patch_size=16)
+    examples.add(torch.zeros(3, 3, 32, 32), MEAN, STD, names=["a.png#0", "a.png#1", "b#c.png#0"])
+    guides = Guides(dim=2)
+    guides.set(torch.eye(2)[:1], torch.tensor([5]), torch.ones(4, 1))
+    examples.find(6, guides, [torch.tensor([[x, 1.0]]) for x in (2.0, 3.0, 1.0)], count=2)
+    assert examples.patches[6, 5] == [(1, 0), (2, 0)]
+
+
 def test_cuts_stay_inside_and_outline_the_patch() -> None:
     """At the edge the cut moves, and the outline is where the patch is."""
     examples = Examples(patch_size=8)

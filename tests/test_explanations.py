@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Explanations as users get them: by the real ``anomalib`` command with real weights, and in a real browser."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from anomalib.data.utils import read_image
+from PIL import Image
+
+from anomalib_lake import LAKEModel
+from anomalib_lake.figures import neuron_overlap
+from anomalib_spg import SPG, ExplanationVisualizer, SPGModel
+from anomalib_spg.examples import Examples
+from anomalib_spg.figures import atom_usage, is_general
+from anomalib_spg.pre_processor import default_pre_processor
+from anomalib_spg.quickstart import BACKBONE
+from anomalib_spg.report import write_report
+from tests.benchmarks.faithfulness import faithfulness
+from tests.conftest import few_textiles, run_command
+
+COUNT = 8  # images per folder
+ON = ["--model.visualizer", "anomalib_spg.ExplanationVisualizer"]
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def train(quickstart: Path, folder: Path, config: str, command: Callable[..., str], **arguments: Any) -> Path:
+    """Run ``anomalib train`` with the visualizer on few images; return the results folder."""
+    settings = few_textiles(quickstart, folder, COUNT, config)
+    settings["model"]["init_args"] |= arguments
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    output = command("train", "--config", "config.yaml", *ON, folder=folder)
+    assert "Explanations lack" not in output
+    return next((folder / "results").glob("*/textile/v0"))
+
+
+@pytest.fixture(scope="module")
+def spg(quickstart: Path, tmp_path_factory: pytest.TempPathFactory, anomalib_command: Callable[..., str]) -> Path:
+    """Results of SPG."""
+    small = {"views": 6, "num_atoms": 256, "sae_epochs": 8, "guide_epochs": 20}
+    return train(quickstart, tmp_path_factory.mktemp("spg"), "quickstart.yaml", anomalib_command, **small)
+
+
+@pytest.fixture(scope="module")
+def lake(quickstart: Path, tmp_path_factory: pytest.TempPathFactory, anomalib_command: Callable[..., str]) -> Path:
+    """Results of LAKE."""
+    return train(quickstart, tmp_path_factory.mktemp("lake"), "lake_quickstart.yaml", anomalib_command)
+
+
+def check_folder(results: Path, unit: str) -> dict[str, Any]:
+    """Every rejected image has a record, a picture and a thumbnail; return the records."""
+    folder = results / "explanations"
+    run = json.loads((folder / "explanations.json").read_text())
+    assert run["unit"] == unit
+    assert run["images"]
+    for image in run["images"]:
+        assert image["rejected"]
+        assert image["score"] > image["threshold"]
+        assert image["category"] == "textile"
+        assert len(image["parts"]) == 5
+        adds = [part["adds"] for part in image["parts"]]
+        assert adds == sorted(adds, reverse=True)
+        assert Image.open(folder / image["picture"]).width > 1000  # with the column of training patches
+        assert Image.open(folder / image["thumbnail"]).size == (224, 224)
+    for file in run["figures"].values():
+        assert Image.open(folder / file).width > 400
+    return run
+
+
+def test_spg(spg: Path) -> None:
+    """Records and pictures; the examples file holds patches of every atom in use."""
+    run = check_folder(spg, "atom")
+    examples = Examples.load(spg / "weights" / "examples.safetensors")
+    model = SPGModel(guides=spg / "weights" / "guides.safetensors", pre_trained=False)
+    assert {atom for _, atom in examples.patches} == set(model.guides[0].atom_indices.tolist())
+    assert all(examples.of(part["block"], part["unit"]) for image in run["images"] for part in image["parts"])
+
+
+def test_lake(lake: Path) -> None:
+    """Records and pictures; the normal images are kept; the neurons are in the records."""
+    run = check_folder(lake, "neuron")
+    assert len(Examples.load(lake / "weights" / "examples.safetensors").images) == 4
+    assert {block: len(numbers) for block, numbers in run["neurons"].items()} == {"4": 100, "7": 100}
+
+
+def test_predict_from_checkpoint(
+    spg: Path, quickstart: Path, tmp_path: Path, anomalib_command: Callable[..., str]
+) -> None:
+    """`anomalib predict` explains too, all images if asked to, with the examples beside the checkpoint."""
+    data = tmp_path / "new" / "shift_3"
+    data.mkdir(parents=True)
+    shutil.copyfile(quickstart / "textile/test/good/textile_0041.jpg", data / "a%20 #1.jpg")
+    config = spg.parents[3] / "config.yaml"
+    checkpoint = spg / "weights/lightning/model.ckpt"
+    arguments = [
+        "--config",
+        config,
+        "--ckpt_path",
+        checkpoint,
+        "--data",
+        data,
+        *ON,
+        "--model.visualizer.explain",
+        "all",
+    ]
+    output = anomalib_command("predict", *arguments, folder=spg.parents[3])
+    assert "Explanations lack" not in output
+    folder = spg.parents[1] / "latest" / "explanations"  # where anomalib puts predictions
+    record = json.loads((folder / "explanations.json").read_text())["images"][0]
+    assert record["name"] == "shift_3/a%20 #1.jpg"
+    assert record["defective"] is None
+    assert Image.open(folder / record["picture"]).width > 1000
+
+
+def dump(page: Path, view: str = "") -> str:
+    """What a browser makes of the page."""
+    options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    with_profile = f"--user-data-dir={page.parent / 'profile'}"
+    command = [BROWSER, *options.split(), "--disable-component-update", "--disable-sync", with_profile]
+    command += ["--virtual-time-budget=5000", "--dump-dom", f"{page.as_uri()}#{view}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout
+
+
+def names(page: str) -> list[str]:
+    """Names of the shown images in their order."""
+    return [html.unescape(name) for name in re.findall(r'<div class="name">([^<]*)', page)]
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """Two runs with made-up records, one of them with a name that tries to break out of the script."""
+    part = {"block": 6, "unit": 17, "adds": 0.2, "share": 0.5}
+    common = {"path": "p", "defective": True, "other": {"text": 0.1}, "picture": "p.jpg", "thumbnail": "t.jpg"}
+    for category, scores in (("nut", (0.6, 0.9, 0.3)), ("bolt", (0.7,))):
+        images = [
+            {
+                **common,
+                "category": category,
+                "name": f"bad/{category}{number}</script><b>.png",
+                "score": score,
+                "threshold": 0.5,
+                "rejected": score > 0.5,
+                "parts": [part, {**part, "unit": 100 + number}] if category == "nut" else [part],
+            }
+            for number, score in enumerate(scores)
+        ]
+        folder = tmp_path / "SPG" / category / "v0" / "explanations"
+        folder.mkdir(parents=True)
+        for name in ("p.jpg", "t.jpg"):
+            Image.new("RGB", (8, 8)).save(folder / name)
+        run = {"model": "SPG", "unit": "atom", "figures": {}, "learned": "same", "images": images}
+        (folder / "explanations.json").write_text(json.dumps(run))
+        (folder.parent.parent / "latest").symlink_to(folder.parent)
+    return tmp_path
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
+def test_page_in_a_browser(runs: Path) -> None:
+    """Worst first, filters by category, decision and atom, one image opened; nothing is fetched from elsewhere."""
+    output = run_command([sys.executable, "-m", "anomalib_spg.report", runs], runs)
+    page = runs / "explanations.html"
+    assert str(page) in output
+    end = "</script><b>.png"
+    assert names(dump(page)) == [f"bad/nut1{end}", f"bad/bolt0{end}", f"bad/nut0{end}"]
+    assert names(dump(page, "category=bolt")) == [f"bad/bolt0{end}"]
+    assert names(dump(page, "show=missed")) == [f"bad/nut2{end}"]
+    assert names(dump(page, "part=6:101&show=all")) == [f"bad/nut1{end}"]
+    opened = dump(page, "image=0")
+    assert re.search(r'<dialog id="one"[^>]*open', opened)
+    assert re.search(r'<dialog.*src="SPG/(nut|bolt)/v0/explanations/p.jpg"', opened, flags=re.DOTALL)
+    assert "score 0.600, threshold 0.500" in opened
+    assert "http" not in re.sub(r"<script.*?</script>", "", opened, flags=re.DOTALL)
+    assert (runs / "atoms_same.png").is_file()
+    assert "3 of 4 images" in opened
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
+def test_real_page_in_a_browser(spg: Path) -> None:
+    """The page of a real run shows what the records hold, and its pictures are there."""
+    run = json.loads((spg / "explanations" / "explanations.json").read_text())
+    page = dump(spg / "explanations" / "index.html")
+    worst = sorted(run["images"], key=lambda image: -image["score"])
+    assert names(page) == [image["name"] for image in worst]
+    for source in re.findall(r'<img[^>]* src="([^"]+)"', page):
+        assert (spg / "explanations" / source).is_file()
+
+
+def test_report_without_runs(tmp_path: Path) -> None:
+    """The message says what to do; a damaged file is named."""
+    with pytest.raises(ValueError, match=r"no explanations below.*ExplanationVisualizer"):
+        write_report(tmp_path)
+    (tmp_path / "explanations.json").write_text("{")
+    with pytest.raises(ValueError, match=r"explanations\.json'.*anomalib test"):
+        write_report(tmp_path)
+
+
+def test_general_and_specific_atoms() -> None:
+    """By the stated rule: more than half of the categories, a tenth of the rejected images of each."""
+    parts = {
+        "a": [[1, 2]] * 9 + [[1, 3]],
+        "b": [[1, 4]] * 10,
+        "c": [[5, 2]] + [[5, 6]] * 9,
+    }
+    records = [
+        {"category": category, "rejected": True, "parts": [{"block": 6, "unit": unit} for unit in units]}
+        for category, images in parts.items()
+        for units in images
+    ]
+    records.append({"category": "d", "rejected": False, "parts": [{"block": 6, "unit": 7}]})
+    usage = atom_usage(records)
+    assert {unit for _, unit in usage} == {1, 2, 3, 4, 5, 6}
+    assert usage[6, 2] == pytest.approx({"a": 0.9, "b": 0, "c": 0.1})
+    assert {unit for (_, unit), shares in usage.items() if is_general(shares)} == {1, 2}
+
+
+def test_overlap_of_neurons() -> None:
+    """The same channel of another block is another neuron."""
+    table = neuron_overlap({"a": {4: [1, 2], 7: [3, 4]}, "b": {4: [1, 3], 7: [4, 5]}})
+    assert table.tolist() == [[1, 0.5], [0.5, 1]]
+
+
+def test_other_models_are_refused() -> None:
+    """With a message that says what to do."""
+    model = SimpleNamespace(model=torch.nn.Identity())
+    with pytest.raises(TypeError, match=r"explains SPG and LAKE, not SimpleNamespace.*ImageVisualizer"):
+        ExplanationVisualizer.setup(None, model, "fit")
+    with pytest.raises(ValueError, match="choose 'rejected' or 'all'"):
+        ExplanationVisualizer(explain="some")
+
+
+def test_off_costs_nothing() -> None:
+    """Without the visualizer no image is kept and nothing listens to the backbone."""
+    model = SPG(backbone="vit_tiny_patch16_224", layers=[5], pre_trained=False, image_size=64)
+    assert not isinstance(model.visualizer, ExplanationVisualizer)
+    assert model.model.examples is None
+    assert not model.model.backbone._forward_hooks
+
+
+def test_faithfulness(spg: Path, quickstart: Path) -> None:
+    """Without its top 10 atoms or neurons a defect loses far more of its score than without 10 random ones."""
+    transform = default_pre_processor(BACKBONE, (448, 448)).transform
+    folder = quickstart / "textile"
+
+    def images(name: str, count: int) -> list[torch.Tensor]:
+        return [transform(read_image(path, as_tensor=True))[None] for path in sorted((folder / name).iterdir())[:count]]
+
+    weights = quickstart / "dinov2_vits14.safetensors"
+    by_atoms = SPGModel(guides=spg / "weights" / "guides.safetensors", weights=weights).eval()
+    by_neurons = LAKEModel(BACKBONE, weights=weights, image_size=(448, 448))
+    with torch.no_grad():
+        by_neurons.train()(torch.cat(images("train/good", 4)))
+    by_neurons.fit()
+    for model in (by_atoms, by_neurons.eval()):
+        top, random = faithfulness(model, images("test/good", 4), images("test/defect", 4), [10], draws=3)[10]
+        assert np.median(top) > 0.25
+        assert np.median(top) > 3 * abs(np.median(random))
