@@ -13,12 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .lightning_model import LAKE
+    from .neuron_selection import SelectSensitiveNeurons
     from .torch_model import LAKEModel
 
-__all__ = ["LAKE", "LAKEModel"]
+__all__ = ["LAKE", "LAKEModel", "SelectSensitiveNeurons"]
 
 # Where each public name lives; imported on first use, so that importing the package alone stays cheap.
-_MODULES = {"LAKE": "lightning_model", "LAKEModel": "torch_model"}
+_MODULES = {
+    "LAKE": "lightning_model",
+    "LAKEModel": "torch_model",
+    "SelectSensitiveNeurons": "neuron_selection",
+}
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401

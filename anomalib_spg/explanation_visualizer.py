@@ -130,7 +130,7 @@ class ExplanationVisualizer(ImageVisualizer):
             return Examples.load(self.examples_path)
         if pl_module.model.examples is not None and pl_module.model.examples.images:
             return pl_module.model.examples
-        folders = [Path(trainer.ckpt_path).parents[1]] if trainer.ckpt_path else []
+        folders = [Path(trainer.ckpt_path).absolute().parents[1]] if trainer.ckpt_path else []
         if getattr(pl_module, "guides", None) is not None:
             folders.append(Path(pl_module.guides).parent)
         found = [folder / "examples.safetensors" for folder in folders if (folder / "examples.safetensors").is_file()]

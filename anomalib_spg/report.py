@@ -32,17 +32,7 @@ def read_runs(folder: str | Path) -> list[tuple[Path, dict[str, Any]]]:
     Raises:
         ValueError: If there are none, or a file is damaged.
     """
-    runs = []
-    for path in sorted(Path(folder).rglob(RECORDS)):
-        if any(parent.is_symlink() for parent in path.relative_to(folder).parents if parent != Path()):
-            continue
-        try:
-            runs.append((path.parent, json.loads(path.read_text(encoding="utf-8"))))
-        except (OSError, ValueError) as exception:
-            msg = (
-                f"Cannot read the explanations in '{path}': {exception}. Run `anomalib test` again to write them anew."
-            )
-            raise ValueError(msg) from exception
+    runs = [(path.parent, _read(path)) for path in sorted(Path(folder).rglob(RECORDS))]
     if not runs:
         msg = (
             f"There are no explanations below '{folder}'. `anomalib test` and `predict` leave them with "
@@ -50,6 +40,14 @@ def read_runs(folder: str | Path) -> list[tuple[Path, dict[str, Any]]]:
         )
         raise ValueError(msg)
     return runs
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exception:
+        msg = f"Cannot read the explanations in '{path}': {exception}. Run `anomalib test` again to write them anew."
+        raise ValueError(msg) from exception
 
 
 def write_report(folder: str | Path, name: str = "index.html") -> Path:

@@ -188,6 +188,28 @@ def test_page_in_a_browser(runs: Path) -> None:
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
+def test_clicks_in_a_browser(runs: Path) -> None:
+    """A card opens on a click, the arrow goes to the next, an atom filters by itself, the list by category."""
+    page = write_report(runs)
+
+    def after(script: str) -> str:
+        changed = page.with_name("changed.html")
+        changed.write_text(page.read_text() + f"<script>{script}</script>")
+        return dump(changed)
+
+    card = "document.querySelectorAll('.card')[0].click();"
+    title = r'<dialog id="one"[^>]*open.*?<strong>([^&<]*)'
+    assert re.search(title, after(card), flags=re.DOTALL).group(1) == "nut: bad/nut1"
+    following = after(card + "document.getElementById('next').click();")
+    assert re.search(title, following, flags=re.DOTALL).group(1) == "bolt: bad/bolt0"
+    filtered = after(card + "document.querySelectorAll('td button')[1].click();")
+    assert len(names(filtered)) == 1
+    assert re.search(title, filtered, flags=re.DOTALL) is None
+    choose = "const c = document.querySelector('select'); c.value = 'bolt';"
+    assert len(names(after(choose + "c.dispatchEvent(new Event('input', {bubbles: true}));"))) == 1
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
 def test_real_page_in_a_browser(spg: Path) -> None:
     """The page of a real run shows what the records hold, and its pictures are there."""
     run = json.loads((spg / "explanations" / "explanations.json").read_text())
