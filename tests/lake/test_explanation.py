@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from anomalib_lake import LAKEModel
+from anomalib_lake.bank import average_neighbors
 from tests.lake.conftest import TINY, TINY_CLIP
 
 
@@ -75,3 +76,30 @@ def test_shares_are_those_of_the_squared_distance() -> None:
     assert explanation.units.tolist() == model.neurons[0].indices.tolist()
     assert explanation.peak == divmod(peak, 8)
     assert explanation.nearest == (int(bank.images[match]), int(bank.positions[match]), 1)
+
+
+@torch.no_grad()
+def test_nearest_patch_is_that_of_the_block_and_scale_that_decide() -> None:
+    """Recomputed for two blocks and two scales, for images that single patches and windows decide."""
+    model = fitted()
+    seen = set()
+    for seed in range(8):
+        images = torch.randn(1, 3, 96, 128, generator=torch.Generator().manual_seed(seed))
+        images[:, :, 32:64] *= 1 + seed
+        explanation = model.explain(images)[0]
+        peak = explanation.peak[0] * 8 + explanation.peak[1]
+        tokens, grid = model.tokens(images)
+        found = {}
+        for layer, block in enumerate(model.layers):
+            for number, scale in enumerate(model.scales):
+                neurons, bank = model.neurons[layer], model.banks[layer][number]
+                x = neurons.normalize(average_neighbors(neurons.project(tokens[block]), grid, scale))[0, peak]
+                distances = (x - bank.tokens).norm(dim=1) / bank.scale
+                match = int(distances.argmin())
+                place = (int(bank.images[match]), int(bank.positions[match]), scale)
+                found[number, layer] = (float(distances.min()), place)
+        scale = max(range(2), key=lambda s: found[s, 0][0] + found[s, 1][0])
+        layer = max(range(2), key=lambda b: found[scale, b][0])
+        assert explanation.nearest == found[scale, layer][1]
+        seen.add((scale, layer))
+    assert len(seen) > 1

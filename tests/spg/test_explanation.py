@@ -24,7 +24,14 @@ def model_with_guides(layers: tuple[int, ...] = (3, 5), atoms: int = 12, **argum
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"image_score": "top", "top_fraction": 0.1}, {"image_score": "lse"}, {"cls_weight": 0.3}, {"sigma": 0}],
+    [
+        {},
+        {"image_score": "top", "top_fraction": 0.1},
+        {"image_score": "lse"},
+        {"cls_weight": 0.3, "image_score": "lse"},
+        {"cls_weight": 0.3},
+        {"sigma": 0},
+    ],
     ids=str,
 )
 @torch.no_grad()
