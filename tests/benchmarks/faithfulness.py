@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Do the named atoms and neurons make the score? Remove them from the model, and as many at random, and score again.
+"""Do the named atoms and neurons make the score, and what does naming them cost?
 
-    anomalib train --config configs/quickstart.yaml
+    anomalib train --config configs/quickstart.yaml --model.visualizer anomalib_spg.ExplanationVisualizer
     python -m tests.benchmarks.faithfulness --guides results/SPG/textile/latest/weights/guides.safetensors
 
-A removed atom's coefficients become zero in every guide; a removed neuron is taken from bank and image, as if it had
-not been chosen. Each defective textile image has its own ones removed. Prints how much of what its score lies above the
+The first table: atoms or neurons are removed from the model, and as many at random, and defects are scored again. A
+removed atom's coefficients become zero in every guide; a removed neuron is taken from bank and image, as if it had not
+been chosen. Each defective textile image has its own ones removed. Shown is how much of what its score lies above the
 mean of the good images is gone then: median and quartiles over the images, random choices averaged over 5 draws.
+
+The second one: seconds of a whole pass without explanation, of the explanation from tokens at hand, and of drawing and
+writing its picture, in turn, median over the images.
 """
 
 import argparse
 import copy
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +30,8 @@ from tqdm import tqdm
 from anomalib_lake import LAKEModel
 from anomalib_spg import SPGModel
 from anomalib_spg.backbone import Tokens
+from anomalib_spg.examples import Examples, to_picture
+from anomalib_spg.figures import plot_explanation
 from anomalib_spg.pre_processor import default_pre_processor
 from anomalib_spg.quickstart import BACKBONE
 
@@ -120,8 +128,31 @@ def faithfulness(
     return {count: (np.array(top), np.array(random)) for count, (top, random) in gone.items()}
 
 
+@torch.no_grad()
+def costs(model: SPGModel | LAKEModel, images: list[torch.Tensor], examples: Examples | None) -> list[float]:
+    """Median seconds of a pass, of an explanation, and of its picture."""
+    seconds: list[list[float]] = []
+    backbone = model.backbone
+    with tempfile.TemporaryDirectory() as folder:
+        for image in images:
+            times = [time.perf_counter()]
+            model(image)
+            times.append(time.perf_counter())
+            tokens = backbone(image)
+            start = time.perf_counter()
+            explanation = model.explain(image, tokens)[0]
+            times.append(times[-1] + time.perf_counter() - start)
+            start = time.perf_counter()
+            picture = to_picture(image[0], backbone.mean, backbone.std)
+            figure = plot_explanation(explanation, picture, examples, patch_size=backbone.patch_size)
+            figure.savefig(Path(folder, "explanation.jpg"), dpi=90)
+            times.append(times[-1] + time.perf_counter() - start)
+            seconds.append(np.diff(times).tolist())
+    return np.median(seconds, axis=0).tolist()
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--guides", type=Path, required=True, help="guides file of the quickstart")
     parser.add_argument("--data", type=Path, default=Path("quickstart"))
@@ -130,6 +161,7 @@ def main() -> None:
     weights = arguments.data / "dinov2_vits14.safetensors"
     spg = SPGModel(guides=arguments.guides, weights=weights).eval()
     lake = LAKEModel(BACKBONE, weights=weights, image_size=(448, 448))
+    lake.examples = Examples(patch_size=14)
 
     transform = default_pre_processor(BACKBONE, (448, 448)).transform
 
@@ -151,6 +183,12 @@ def main() -> None:
             low, middle, high = np.percentile(values, (25, 50, 75))
             cells.append(f"{middle:.0%} ({low:.0%} to {high:.0%})")
         print(f"| {count} | {' | '.join(cells)} |")
+    print("\n| | a pass | its explanation | the picture |\n|---|---|---|---|")
+    beside = arguments.guides.with_name("examples.safetensors")
+    spg_examples = Examples.load(beside) if beside.is_file() else None
+    for model, examples in ((spg, spg_examples), (lake, lake.examples)):
+        cells = [f"{value:.3f} s" for value in costs(model, bad, examples)]
+        print(f"| {type(model).__name__} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
