@@ -140,13 +140,14 @@ class Examples:
                     break
             self.patches[block, atom] = list(of_sources.values())
 
-    def crop(self, number: int, patch: int, window: int = 5) -> np.ndarray | None:
+    def crop(self, number: int, patch: int, window: int = 5, outline: int = 1) -> np.ndarray | None:
         """Cut out a patch and its surroundings.
 
         Args:
             number (int): Number of the image.
             patch (int): Number of the patch in it.
             window (int): Side of the cut in patches, odd; it is moved where it would leave the image. Defaults to 5.
+            outline (int): Side of the outlined square around the patch, in patches, odd. Defaults to 1, the patch.
 
         Returns:
             np.ndarray | None: Picture ``(window * patch size, window * patch size, 3)`` with the patch outlined,
@@ -155,7 +156,7 @@ class Examples:
         if number not in self.images:
             return None
         picture = np.asarray(Image.open(io.BytesIO(self.images[number])))
-        return crop(picture, divmod(patch, self.grid[1]), self.grid, self.patch_size, window)
+        return crop(picture, divmod(patch, self.grid[1]), self.grid, self.patch_size, window, outline)
 
     def of(self, block: int, atom: int, window: int = 5) -> list[np.ndarray]:
         """Cut out the example patches of an atom; none if there are none.
@@ -259,6 +260,7 @@ def crop(
     grid: tuple[int, int],
     patch_size: int,
     window: int,
+    outline: int = 1,
 ) -> np.ndarray:
     """Cut out a patch and its surroundings, and outline the patch.
 
@@ -268,6 +270,7 @@ def crop(
         grid (tuple[int, int]): Rows and columns of patches.
         patch_size (int): Side of a patch in pixels.
         window (int): Side of the cut in patches, odd; it is moved where it would leave the picture.
+        outline (int): Side of the outlined square around the patch, in patches, odd. Defaults to 1, the patch.
 
     Returns:
         np.ndarray: Picture of at most ``window * patch_size`` a side.
@@ -278,6 +281,6 @@ def crop(
     """
     top, left, side = patch_box(place, grid, patch_size, window)
     outlined = Image.fromarray(picture)
-    y, x = place[0] * patch_size, place[1] * patch_size
-    ImageDraw.Draw(outlined).rectangle((x, y, x + patch_size - 1, y + patch_size - 1), outline=(255, 210, 0))
+    y, x, length = patch_box(place, grid, patch_size, outline)
+    ImageDraw.Draw(outlined).rectangle((x, y, x + length - 1, y + length - 1), outline=(255, 210, 0))
     return np.asarray(outlined)[top : top + side, left : left + side]

@@ -108,7 +108,8 @@ def plot_explanation(
     top = explanation.top(parts)
     nearest = None
     if explanation.nearest is not None and examples is not None:
-        nearest = examples.crop(*explanation.nearest[:2], max(CUT, explanation.nearest[2]))
+        number, patch, compared = explanation.nearest
+        nearest = examples.crop(number, patch, max(CUT, compared + 2), outline=compared)
     cuts = [
         examples.of(int(explanation.blocks[part]), int(explanation.units[part]), CUT) if examples is not None else []
         for part in top
@@ -146,9 +147,10 @@ def plot_explanation(
             _show(strip, _strip(cuts[row]), "training patches it fires on most" if row == 0 else "")
     if nearest is not None:
         pair = right.subgridspec(2, 1)
-        own = crop(picture, explanation.peak, grid, patch_size, max(CUT, explanation.nearest[2]))
-        _show(figure.add_subplot(pair[0]), own, "the patch that decides, and around it")
-        _show(figure.add_subplot(pair[1]), nearest, "the nearest normal patch, and around it")
+        own = crop(picture, explanation.peak, grid, patch_size, max(CUT, compared + 2), outline=compared)
+        name = "patch" if compared == 1 else f"window of {compared} x {compared} patches"
+        _show(figure.add_subplot(pair[0]), own, f"the {name} that decides, and around it")
+        _show(figure.add_subplot(pair[1]), nearest, f"the nearest normal {name}, and around it")
     figure.supxlabel(sentence(explanation, top), fontsize=9)
     return figure
 

@@ -84,6 +84,8 @@ def test_cuts_stay_inside_and_outline_the_patch() -> None:
     assert cut.shape == (24, 24, 3)
     assert tuple(cut[0, 0]) == (255, 210, 0)
     assert tuple(cut[12, 12]) != (255, 210, 0)
+    wide = examples.crop(0, patch=18, window=5, outline=3)  # row 2, column 2 of 8
+    assert [tuple(wide[at, at]) == (255, 210, 0) for at in (8, 16, 20, 31)] == [True, False, False, True]
     assert examples.crop(1, patch=0) is None
 
 
