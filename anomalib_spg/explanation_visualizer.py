@@ -5,6 +5,7 @@
 import hashlib
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,8 +106,7 @@ class ExplanationVisualizer(ImageVisualizer):
         """Leave the kept images beside the guides."""
         examples = pl_module.model.examples
         if examples is not None and examples.images and trainer.is_global_zero:
-            path = examples.save(Path(trainer.default_root_dir) / "weights" / "examples.safetensors")
-            logger.info("Example images for explanations are in %s.", path)
+            examples.save(Path(trainer.default_root_dir) / "weights" / "examples.safetensors")
 
     def on_test_start(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
         """Listen to the backbone, and find the examples."""
@@ -179,6 +179,8 @@ class ExplanationVisualizer(ImageVisualizer):
         source = Path(batch.image_path[index]) if batch.image_path else Path(f"images/{len(self._records):05}")
         category = getattr(datamodule, "category", None) or getattr(datamodule, "name", None) or source.parent.name
         threshold = self._threshold(pl_module)
+        if threshold is not None and float(pl_module.post_processor.image_sensitivity) != 0.5:  # noqa: RUF069
+            threshold = None  # the decision is another one then; it stands in the record
         picture = to_picture(batch.image[index], backbone.mean, backbone.std)
         figure = plot_explanation(
             explanation,
@@ -269,12 +271,11 @@ class ExplanationVisualizer(ImageVisualizer):
 
     @staticmethod
     def _threshold(pl_module: AnomalibModule) -> float | None:
-        """Raw threshold; ``None`` if there is none, or if a sensitivity moves it away from the raw one."""
-        post_processor = pl_module.post_processor
-        if post_processor is None or float(post_processor.image_sensitivity) != 0.5:  # noqa: RUF069  # not computed
-            return None
-        threshold = float(post_processor.image_threshold)
-        return None if threshold != threshold else threshold  # noqa: PLR0124  # NaN
+        """Raw threshold, if there is one."""
+        threshold = (
+            float("nan") if pl_module.post_processor is None else float(pl_module.post_processor.image_threshold)
+        )
+        return None if math.isnan(threshold) else threshold
 
 
 def _digest(model: torch.nn.Module) -> str:

@@ -29,7 +29,7 @@ from anomalib_spg.pre_processor import default_pre_processor
 from anomalib_spg.quickstart import BACKBONE
 from anomalib_spg.report import write_report
 from tests.benchmarks.faithfulness import faithfulness
-from tests.conftest import few_textiles, run_command
+from tests.conftest import engine, few_textiles, run_command
 
 COUNT = 8  # images per folder
 ON = ["--model.visualizer", "anomalib_spg.ExplanationVisualizer"]
@@ -261,6 +261,16 @@ def test_other_models_are_refused() -> None:
         ExplanationVisualizer.setup(None, model, "fit")
     with pytest.raises(ValueError, match="choose 'rejected' or 'all'"):
         ExplanationVisualizer(explain="some")
+
+
+def test_sensitivity_decides(spg: Path, tmp_path: Path) -> None:
+    """Rejected is what anomalib rejects, also where a sensitivity moves the threshold; the raw one is not shown."""
+    model = SPG.load_from_checkpoint(spg / "weights/lightning/model.ckpt", visualizer=ExplanationVisualizer())
+    model.post_processor.image_sensitivity = torch.tensor(0.97)
+    engine(tmp_path).predict(model, data_path=spg.parents[3] / "quickstart/textile/test/good")
+    records = json.loads(next(tmp_path.rglob("explanations.json")).read_text())["images"]
+    assert records
+    assert all(image["rejected"] and image["threshold"] is None for image in records)
 
 
 def test_off_costs_nothing() -> None:
