@@ -97,14 +97,14 @@ def _explain_image(
     match = matches[scale][peak, layer]
     numbers = [neurons.indices if len(neurons.indices) else torch.arange(neurons.count) for neurons in model.neurons]
     return Explanation(
-        unit="neuron",
+        unit="component" if model.neurons[0].selection == "pca" else "neuron",
         score=float(anomaly[peak]),
         base=0.0,
         blocks=torch.tensor(model.layers).repeat_interleave(split.shape[2]),
         units=torch.cat([indices.cpu() for indices in numbers]),
-        contributions=maps[peak].cpu(),
-        maps=maps.T.unflatten(1, grid).cpu(),
-        anomaly_map=model.anomaly_map_generator(anomaly.unflatten(0, grid)[None], image_size)[0, 0].cpu(),
+        contributions=maps[peak].float().cpu(),
+        maps=maps.T.unflatten(1, grid).float().cpu(),
+        anomaly_map=model.anomaly_map_generator(anomaly.unflatten(0, grid)[None], image_size)[0, 0].float().cpu(),
         peak=divmod(peak, grid[1]),
         other={} if text is None else {"text": float(model.text_weight * text[peak])},
         nearest=(int(bank.images[match]), int(bank.positions[match]), model.scales[scale]),

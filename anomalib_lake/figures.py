@@ -86,8 +86,8 @@ def plot_overlap(products: Mapping[str, Mapping[int, Sequence[int]]]) -> Figure:
     axes = figure.add_subplot()
     axes.imshow(table, cmap="Reds", vmin=0, vmax=1)
     axes.set_title("shared sensitive neurons", fontsize=10)
-    axes.set_xticks(range(len(table)), list(products), rotation=90)
-    axes.set_yticks(range(len(table)), list(products))
+    axes.set_xticks(range(len(table)), list(products), rotation=90, parse_math=False)
+    axes.set_yticks(range(len(table)), list(products), parse_math=False)
     for (row, column), value in np.ndenumerate(table):
         axes.text(
             column, row, f"{value:.0%}", ha="center", va="center", color="white" if value > 0.6 else "black", fontsize=8

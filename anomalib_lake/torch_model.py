@@ -221,11 +221,14 @@ class LAKEModel(nn.Module):
             examples (Examples | None): Unused; SPG's counterpart shows example patches.
 
         Returns:
-            dict[str, tuple[str, Figure]]: By a name fit for a file, the title and the matplotlib figure.
+            dict[str, tuple[str, Figure]]: By a name fit for a file, the title and the matplotlib figure; none of
+            principal components.
         """
         from .figures import plot_neurons  # matplotlib takes its time
 
         del examples
+        if self.neurons[0].selection == "pca":
+            return {}
         return {"neurons": ("which neurons were chosen", plot_neurons(self))}
 
     def tokens(self, images: torch.Tensor) -> tuple[dict[int, torch.Tensor], tuple[int, int]]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,8 @@ def to_picture(image: torch.Tensor, mean: Sequence[float], std: Sequence[float])
 class Examples:
     """A bounded choice of the training images, as JPEG, and the patches in them where each atom fires most.
 
-    Every image has the same chance to be kept. The choice has a random generator of its own, so that keeping images
+    Every image that passes has the same chance to be kept; a run that goes on after an interruption keeps none from
+    before it. The choice has a random generator of its own, so that keeping images
     changes nothing of what is learned.
 
     Args:
@@ -109,7 +111,7 @@ class Examples:
             Image.fromarray(to_picture(image, mean, std)).save(file, "JPEG", quality=90)
             self.images[number] = file.getvalue()
             if names:
-                self._sources[number] = names[number - start].rpartition("#")[0]
+                self._sources[number] = names[number - start].rpartition("#")[0] or names[number - start]
 
     @torch.no_grad()
     def find(self, block: int, guides: Guides, patches: Sequence[torch.Tensor], count: int = 4) -> None:
@@ -150,8 +152,8 @@ class Examples:
             outline (int): Side of the outlined square around the patch, in patches, odd. Defaults to 1, the patch.
 
         Returns:
-            np.ndarray | None: Picture ``(window * patch size, window * patch size, 3)`` with the patch outlined,
-                smaller if the image is; ``None`` if the image was not kept.
+            np.ndarray | None: Picture of ``window * patch_size`` a side with the patch outlined, smaller if the image
+                has fewer patches; ``None`` if the image was not kept.
         """
         if number not in self.images:
             return None
@@ -187,12 +189,15 @@ class Examples:
         tensors["grid"] = torch.tensor([*self.grid, self.patch_size])
         for (block, atom), places in self.patches.items():
             tensors[f"atom.{block}.{atom}"] = torch.tensor(places)
+        temporary = path.with_name(f".{path.name}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, path, {"format": FILE_FORMAT})
+            save_file(tensors, temporary, {"format": FILE_FORMAT})
+            temporary.replace(path)
         except (OSError, SafetensorError) as exception:
             logger.warning("Explanations will lack examples: could not write '%s' (%s).", path, exception)
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
             return None
         return path
 
@@ -280,7 +285,8 @@ def crop(
         (24, 24, 3)
     """
     top, left, side = patch_box(place, grid, patch_size, window)
-    outlined = Image.fromarray(picture)
+    short = [size * patch_size - length for size, length in zip(grid, picture.shape, strict=False)]
+    outlined = Image.fromarray(np.pad(picture, ((0, short[0]), (0, short[1]), (0, 0)), mode="edge"))  # as the backbone
     y, x, length = patch_box(place, grid, patch_size, outline)
     ImageDraw.Draw(outlined).rectangle((x, y, x + length - 1, y + length - 1), outline=(255, 210, 0))
     return np.asarray(outlined)[top : top + side, left : left + side]

@@ -20,7 +20,7 @@ class Explanation:
     """The score of one image, split into parts: ``score = base + contributions.sum() + sum(other.values())``.
 
     Attributes:
-        unit (str): What the parts are: ``"atom"`` or ``"neuron"``.
+        unit (str): What the parts are: ``"atom"``, ``"neuron"``, or ``"component"`` of neurons.
         score (float): Raw score of the image, in [0, 1].
         base (float): What is left of it without any part.
         blocks (torch.Tensor): 0-based block each part belongs to ``(n,)``.
@@ -30,7 +30,8 @@ class Explanation:
         anomaly_map (torch.Tensor): The anomaly map ``(H, W)``, in [0, 1].
         peak (tuple[int, int]): Row and column of the patch the score comes from most.
         other (dict[str, float]): What the score owes to anything but the parts, by name.
-        absent (torch.Tensor | None): Atoms that push to normal and add to the score by not being there ``(n,)`` (SPG).
+        opposed (torch.Tensor | None): Atoms that push to normal and add to the score because the image points away from
+            them ``(n,)`` (SPG, where only the map makes the score).
         nearest (tuple[int, int, int] | None): Number of the normal image the peak was compared with, number of the
             patch in it, and side of the window in patches (LAKE).
     """
@@ -45,7 +46,7 @@ class Explanation:
     anomaly_map: torch.Tensor
     peak: tuple[int, int]
     other: dict[str, float] = field(default_factory=dict)
-    absent: torch.Tensor | None = None
+    opposed: torch.Tensor | None = None
     nearest: tuple[int, int, int] | None = None
 
     @property
@@ -133,10 +134,10 @@ def explain(model: SPGModel, tokens: Tokens, image_size: tuple[int, int]) -> lis
             base=0.5,
             blocks=blocks,
             units=units,
-            contributions=contributions[i].cpu(),
-            maps=maps[i].T.unflatten(1, tokens.grid).cpu(),
-            anomaly_map=anomaly_map[i].cpu(),
-            absent=(contributions[i] > 0).cpu() & pushes_to_normal,
+            contributions=contributions[i].float().cpu(),
+            maps=maps[i].T.unflatten(1, tokens.grid).float().cpu(),
+            anomaly_map=anomaly_map[i].float().cpu(),
+            opposed=None if model.cls_weight > 0 else (contributions[i] > 0).cpu() & pushes_to_normal,
             peak=divmod(int((patch_weights[i] * probability[i]).argmax()), tokens.grid[1]),
             other={"image score": float(rest[i])} if model.image_score == "lse" else {},
         )

@@ -6,18 +6,19 @@ import hashlib
 import json
 import logging
 import math
+import re
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from anomalib.data import ImageBatch
 from anomalib.models import AnomalibModule
-from anomalib.utils.path import generate_output_filename
 from anomalib.visualization import ImageVisualizer
 from lightning.pytorch import Trainer
-from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 
+from .backbone import Tokens
 from .examples import Examples, to_picture
 from .explanation import Explanation
 from .figures import decision, heatmap, plot_explanation
@@ -25,14 +26,17 @@ from .report import RECORDS, write_report
 
 logger = logging.getLogger(__name__)
 
+EXAMPLES = "examples.safetensors"
 THUMBNAIL = 224  # pixels
+DPI = 90
 
 
 class ExplanationVisualizer(ImageVisualizer):
     """anomalib's visualizer, which also explains the decisions of SPG and LAKE during test and predict.
 
-    Beside anomalib's ``images/`` it writes the folder ``explanations/``: a picture per explained image, pictures of the
-    model, ``explanations.json``, and the page ``index.html``, which opens without internet.
+    Beside anomalib's ``images/`` it writes the folder ``explanations/``, or ``explanations_of_predictions/``: a picture
+    per explained image, pictures of the model, ``explanations.json``, and the page ``index.html``, which opens without
+    internet. What an earlier run left there is removed.
 
     Explanations need no second pass through the backbone: a hook keeps the tokens of the batch at hand. During training
     it keeps up to 256 images as JPEG, finds in them where each atom fires most (SPG) or keeps them as the normal images
@@ -76,15 +80,20 @@ class ExplanationVisualizer(ImageVisualizer):
         self.examples_path = examples
         self._examples: Examples | None = None
         self._hook: Any = None
-        self._tokens: Any = None
+        self._tokens: Tokens | None = None
+        self._folder = Path()
         self._records: list[dict[str, Any]] = []
 
-    @staticmethod
-    def setup(trainer: Trainer, pl_module: AnomalibModule, stage: str) -> None:
-        """Refuse models that cannot be explained.
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the training images and what belongs to one run out of an exported model."""
+        return {**super().__getstate__(), "_examples": None, "_hook": None, "_tokens": None, "_records": []}
+
+    def setup(self, trainer: Trainer, pl_module: AnomalibModule, stage: str) -> None:
+        """Refuse what cannot work before it takes time.
 
         Raises:
             TypeError: If the model is neither SPG nor LAKE.
+            ValueError: If the examples file cannot be read.
         """
         del trainer, stage
         if not hasattr(pl_module.model, "explain"):
@@ -93,6 +102,8 @@ class ExplanationVisualizer(ImageVisualizer):
                 "out, or take anomalib.visualization.ImageVisualizer."
             )
             raise TypeError(msg)
+        if self.examples_path is not None:
+            self._examples = Examples.load(self.examples_path)
 
     @staticmethod
     def on_fit_start(trainer: Trainer, pl_module: AnomalibModule) -> None:
@@ -101,18 +112,29 @@ class ExplanationVisualizer(ImageVisualizer):
         if getattr(pl_module, "guides", None) is None:  # else nothing is learned
             pl_module.model.examples = Examples(patch_size=pl_module.model.backbone.patch_size)
 
-    @staticmethod
-    def on_fit_end(trainer: Trainer, pl_module: AnomalibModule) -> None:
-        """Leave the kept images beside the guides."""
-        examples = pl_module.model.examples
-        if examples is not None and examples.images and trainer.is_global_zero:
-            examples.save(Path(trainer.default_root_dir) / "weights" / "examples.safetensors")
+    def on_fit_end(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
+        """Leave the kept images beside the guides, and take them from the model, which may be exported."""
+        examples, pl_module.model.examples = pl_module.model.examples, None
+        if examples is None or not examples.images:
+            return
+        if trainer.is_global_zero:
+            examples.save(Path(trainer.default_root_dir) / "weights" / EXAMPLES)
+        if self.examples_path is None:
+            self._examples = examples
 
     def on_test_start(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
-        """Listen to the backbone, and find the examples."""
+        """Listen to the backbone, find the examples, and make room for the pictures."""
+        name = "explanations" if trainer.testing else "explanations_of_predictions"
+        # anomalib gives each process a results folder; all write to the first one's
+        self._folder = Path(trainer.strategy.broadcast(str(trainer.default_root_dir))) / name
+        if trainer.is_global_zero:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        trainer.strategy.barrier()
+        for kind in ("pictures", "thumbnails"):
+            (self._folder / kind).mkdir(parents=True, exist_ok=True)
         self._records = []
         self._hook = pl_module.model.backbone.register_forward_hook(self._keep_tokens)
-        self._examples = self._find_examples(trainer, pl_module)
+        self._find_examples(trainer, pl_module)
         if self._examples is None:
             logger.warning(
                 "Explanations lack example patches: there is no examples.safetensors beside the checkpoint or the "
@@ -121,20 +143,28 @@ class ExplanationVisualizer(ImageVisualizer):
 
     on_predict_start = on_test_start
 
-    def _keep_tokens(self, backbone: torch.nn.Module, images: Any, tokens: Any) -> None:  # noqa: ANN401  # a hook
+    def _keep_tokens(self, backbone: torch.nn.Module, images: Any, tokens: Tokens) -> None:  # noqa: ANN401  # a hook
         del backbone, images
         self._tokens = tokens
 
-    def _find_examples(self, trainer: Trainer, pl_module: AnomalibModule) -> Examples | None:
+    def _find_examples(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
+        """Take the examples that belong to the checkpoint or the guides; else those of the training just done."""
         if self.examples_path is not None:
-            return Examples.load(self.examples_path)
-        if pl_module.model.examples is not None and pl_module.model.examples.images:
-            return pl_module.model.examples
-        folders = [Path(trainer.ckpt_path).absolute().parents[1]] if trainer.ckpt_path else []
+            return
+        folders = []
+        if trainer.ckpt_path:  # weights/lightning/model.ckpt, or moved together
+            folders += list(Path(trainer.ckpt_path).absolute().parents)[:2]
+            self._examples = None
         if getattr(pl_module, "guides", None) is not None:
-            folders.append(Path(pl_module.guides).parent)
-        found = [folder / "examples.safetensors" for folder in folders if (folder / "examples.safetensors").is_file()]
-        return Examples.load(found[0]) if found else None
+            folders.append(Path(pl_module.guides).absolute().parent)
+        for path in (folder / EXAMPLES for folder in folders):
+            if path.is_file():
+                try:
+                    self._examples = Examples.load(path)
+                except ValueError as exception:
+                    logger.warning("%s", exception)
+                    continue
+                return
 
     def on_test_batch_end(
         self,
@@ -147,22 +177,18 @@ class ExplanationVisualizer(ImageVisualizer):
     ) -> None:
         """Write anomalib's pictures, and explain the images of the batch."""
         super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
-        rejected = None if batch.pred_label is None else batch.pred_label.flatten().bool().tolist()
-        chosen = [
-            index
-            for index in range(len(batch.image))
-            if self.explain == "all" or rejected is None or self._threshold(pl_module) is None or rejected[index]
-        ]
-        if not chosen:
-            return
-        tokens = type(self._tokens)(
-            [patches[chosen] for patches in self._tokens.patches],
-            [pooled[chosen] for pooled in self._tokens.pooled],
-            self._tokens.grid,
-        )
-        explanations = pl_module.model.explain(batch.image[chosen], tokens)
-        for index, explanation in zip(chosen, explanations, strict=True):
-            self._write(trainer, pl_module, batch, index, explanation, None if rejected is None else rejected[index])
+        has_threshold = _threshold(pl_module) is not None and batch.pred_label is not None
+        rejected = batch.pred_label.flatten().bool().tolist() if has_threshold else [None] * len(batch.image)
+        for index in range(len(batch.image)):
+            if self.explain == "rejected" and rejected[index] is False:
+                continue
+            tokens = Tokens(
+                [patches[index : index + 1] for patches in self._tokens.patches],
+                [pooled[index : index + 1] for pooled in self._tokens.pooled],
+                self._tokens.grid,
+            )
+            explanation = pl_module.model.explain(batch.image[index : index + 1], tokens)[0]
+            self._write(trainer, pl_module, batch, index, explanation, rejected[index])
 
     def _write(
         self,
@@ -175,12 +201,8 @@ class ExplanationVisualizer(ImageVisualizer):
     ) -> None:
         """Write the picture of one image, and remember its record."""
         backbone = pl_module.model.backbone
-        datamodule = getattr(trainer, "datamodule", None)
-        source = Path(batch.image_path[index]) if batch.image_path else Path(f"images/{len(self._records):05}")
-        category = getattr(datamodule, "category", None) or getattr(datamodule, "name", None) or source.parent.name
-        threshold = self._threshold(pl_module)
-        if threshold is not None and float(pl_module.post_processor.image_sensitivity) != 0.5:  # noqa: RUF069
-            threshold = None  # the decision is another one then; it stands in the record
+        source = Path(batch.image_path[index])
+        threshold = _shown_threshold(pl_module)
         picture = to_picture(batch.image[index], backbone.mean, backbone.std)
         figure = plot_explanation(
             explanation,
@@ -189,42 +211,35 @@ class ExplanationVisualizer(ImageVisualizer):
             threshold,
             backbone.patch_size,
             self.parts,
-            title=f"{decision(explanation.score, threshold, rejected)}   ({source.parent.name}/{source.name})",
+            title=decision(explanation.score, threshold, rejected),
         )
-        folder = self._folder(trainer)
-        files = {}
-        for kind in ("pictures", "thumbnails"):
-            file = generate_output_filename(
-                source.with_suffix(".jpg"),
-                folder / kind,
-                dataset_name=getattr(datamodule, "name", None),
-                category=getattr(datamodule, "category", None),
-            )
-            files[kind] = file.relative_to(folder).as_posix()
-        _save(figure, folder / files["pictures"])
-        thumbnail = heatmap(picture, explanation.anomaly_map, max(explanation.score, threshold or 0))
-        Image.fromarray(thumbnail).resize((THUMBNAIL, THUMBNAIL)).save(folder / files["thumbnails"], quality=85)
-        top = explanation.top(self.parts)
+        # Names of folders and files may be alike, or no part of an address.
+        number = len(self._records) * trainer.world_size + trainer.global_rank
+        file = f"{number:05}_{re.sub(r'[^A-Za-z0-9.-]', '_', source.stem)}.jpg"
+        figure.savefig(self._folder / "pictures" / file, dpi=DPI, pil_kwargs={"quality": 85})
+        shown = heatmap(picture, explanation.anomaly_map, max(explanation.score, threshold or 0))
+        thumbnail = ImageOps.contain(Image.fromarray(shown), (THUMBNAIL, THUMBNAIL))
+        thumbnail.save(self._folder / "thumbnails" / file, quality=85)
         shares = explanation.shares
         self._records.append({
-            "category": str(category),
-            "name": f"{source.parent.name}/{source.name}",
-            "path": str(source),
+            "category": _category(trainer) or source.parent.name,
+            "name": _printable(f"{source.parent.name}/{source.name}"),
+            "path": _printable(str(source)),
             "score": explanation.score,
             "threshold": threshold,
             "rejected": rejected,
             "defective": None if batch.gt_label is None else bool(batch.gt_label[index]),
-            "picture": files["pictures"],
-            "thumbnail": files["thumbnails"],
+            "picture": f"pictures/{file}",
+            "thumbnail": f"thumbnails/{file}",
             "parts": [
                 {
                     "block": int(explanation.blocks[part]),
                     "unit": int(explanation.units[part]),
                     "adds": float(explanation.contributions[part]),
                     "share": float(shares[part]),
-                    "absent": explanation.absent is not None and bool(explanation.absent[part]),
+                    "opposed": explanation.opposed is not None and bool(explanation.opposed[part]),
                 }
-                for part in top
+                for part in explanation.top(self.parts)
             ],
             "other": explanation.other,
         })
@@ -232,26 +247,32 @@ class ExplanationVisualizer(ImageVisualizer):
     def on_test_end(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
         """Write the pictures of the model, the records and the page."""
         self._release()
-        folder = self._folder(trainer)
-        folder.mkdir(parents=True, exist_ok=True)
+        of_processes = [self._records]
+        if trainer.world_size > 1:
+            of_processes = [[] for _ in range(trainer.world_size)]
+            torch.distributed.all_gather_object(of_processes, self._records)
+        if not trainer.is_global_zero:
+            return
+        # Where processes share the images unevenly, some are seen twice.
+        records = {record["path"]: record for records in of_processes for record in records}
+        model = pl_module.model
         figures = {}
-        for name, (title, figure) in pl_module.model.figures(self._examples).items():
-            _save(figure, folder / f"{name}.jpg")
+        for name, (title, figure) in model.figures(self._examples).items():
+            figure.savefig(self._folder / f"{name}.jpg", dpi=DPI, pil_kwargs={"quality": 85})
             figures[title] = f"{name}.jpg"
         run = {
             "model": type(pl_module).__name__,
-            "unit": "neuron" if hasattr(pl_module.model, "neurons") else "atom",
+            "unit": "neuron" if hasattr(model, "neurons") else "atom",
+            "category": _category(trainer) or self._folder.parent.parent.name,
             "figures": figures,
-            "learned": _digest(pl_module.model),
-            "images": self._records,
+            "learned": _digest(model),
+            "images": list(records.values()),
         }
-        if hasattr(pl_module.model, "neurons"):
-            run["neurons"] = {
-                block: neurons.indices.tolist()
-                for block, neurons in zip(pl_module.model.layers, pl_module.model.neurons, strict=True)
-            }
-        (folder / RECORDS).write_text(json.dumps(run, indent=1), encoding="utf-8")
-        logger.info("%d images explained: open %s.", len(self._records), write_report(folder))
+        if hasattr(model, "neurons"):
+            chosen = zip(model.layers, model.neurons, strict=True)
+            run["neurons"] = {block: neurons.indices.tolist() for block, neurons in chosen}
+        (self._folder / RECORDS).write_text(json.dumps(run, indent=1), encoding="utf-8")
+        logger.info("%d images explained: open %s.", len(records), write_report(self._folder))
 
     on_predict_end = on_test_end
 
@@ -265,25 +286,38 @@ class ExplanationVisualizer(ImageVisualizer):
             self._hook.remove()
         self._hook = self._tokens = None
 
-    @staticmethod
-    def _folder(trainer: Trainer) -> Path:
-        return Path(trainer.default_root_dir) / "explanations"
 
-    @staticmethod
-    def _threshold(pl_module: AnomalibModule) -> float | None:
-        """Raw threshold, if there is one."""
-        threshold = (
-            float("nan") if pl_module.post_processor is None else float(pl_module.post_processor.image_threshold)
-        )
-        return None if math.isnan(threshold) else threshold
+def _category(trainer: Trainer) -> str | None:
+    """What the images show, if the datamodule says so."""
+    datamodule = getattr(trainer, "datamodule", None)
+    category = getattr(datamodule, "category", None) or getattr(datamodule, "name", None)
+    return None if category is None else _printable(str(category))
+
+
+def _threshold(pl_module: AnomalibModule) -> float | None:
+    """Raw threshold, if there is one."""
+    if pl_module.post_processor is None:
+        return None
+    threshold = float(pl_module.post_processor.image_threshold)
+    return None if math.isnan(threshold) else threshold
+
+
+def _shown_threshold(pl_module: AnomalibModule) -> float | None:
+    """The raw threshold where it is what decides: not with a changed sensitivity, nor without normalisation."""
+    threshold, post_processor = _threshold(pl_module), pl_module.post_processor
+    if threshold is None or not post_processor.enable_normalization:
+        return None
+    return threshold if math.isclose(float(post_processor.image_sensitivity), 0.5) else None
+
+
+def _printable(name: str) -> str:
+    """Replace what is no text in a file's name."""
+    return name.encode("utf-8", "replace").decode()
 
 
 def _digest(model: torch.nn.Module) -> str:
     """Tell what was learned apart from what else was: atoms of different dictionaries have nothing in common."""
-    learned = [tensor.cpu().numpy().tobytes() for name, tensor in model.state_dict().items() if "backbone" not in name]
+    learned = [
+        tensor.cpu().float().numpy().tobytes() for name, tensor in model.state_dict().items() if "backbone" not in name
+    ]
     return hashlib.sha256(b"".join(learned)).hexdigest()[:16]
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90, pil_kwargs={"quality": 85})

@@ -4,20 +4,21 @@
 
 from __future__ import annotations
 
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from torch.nn import functional as F  # noqa: N812
 
 from .examples import crop, patch_box
+from .guides import to_pixels
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    import torch
     from matplotlib.axes import Axes
 
     from .examples import Examples
@@ -28,23 +29,24 @@ FOR, AGAINST = "#c1272d", "#1f6fb4"  # red speaks for an anomaly, blue against
 CUT = 5  # side of the cuts around patches, in patches
 
 
-def overlay(picture: np.ndarray, values: np.ndarray | torch.Tensor, maximum: float) -> np.ndarray:
+def overlay(picture: np.ndarray, values: torch.Tensor, patch_size: int, maximum: float) -> np.ndarray:
     """Colour a picture red where values are high.
 
     Args:
         picture (np.ndarray): Picture ``(H, W, 3)``, 8 bits.
-        values (np.ndarray | torch.Tensor): Map ``(h, w)`` of any size; negative values show nothing.
+        values (torch.Tensor): Value of each patch ``(h, w)``; negative ones show nothing.
+        patch_size (int): Side of a patch in pixels.
         maximum (float): Value that is fully coloured.
 
     Returns:
         np.ndarray: Picture ``(H, W, 3)``, 8 bits, pale grey so that the colour stands out.
 
     Example:
-        >>> overlay(np.zeros((4, 4, 3), np.uint8), torch.tensor([[1.0]]), maximum=1)[0, 0].tolist()
+        >>> import torch
+        >>> overlay(np.zeros((4, 4, 3), np.uint8), torch.tensor([[1.0]]), patch_size=5, maximum=1)[0, 0].tolist()
         [218, 50, 54]
     """
-    values = torch.as_tensor(values, dtype=torch.float32)[None, None] / max(maximum, 1e-12)
-    values = F.interpolate(values, picture.shape[:2], mode="bilinear", align_corners=False)[0, 0]
+    values = to_pixels(values[None] / max(maximum, 1e-12), patch_size, (picture.shape[0], picture.shape[1]))[0]
     alpha = values.clamp(0, 1).numpy()[..., None] * 0.85
     grey = 70 + 0.7 * picture.mean(axis=2, keepdims=True).repeat(3, axis=2)
     return (grey * (1 - alpha) + np.array([245, 47, 52]) * alpha).astype(np.uint8)
@@ -62,6 +64,7 @@ def heatmap(picture: np.ndarray, anomaly_map: np.ndarray | torch.Tensor, high: f
         np.ndarray: Picture ``(H, W, 3)``, 8 bits.
 
     Example:
+        >>> import torch
         >>> heatmap(np.zeros((2, 2, 3), np.uint8), torch.ones(2, 2)).shape
         (2, 2, 3)
     """
@@ -95,9 +98,10 @@ def plot_explanation(
         title (str | None): First line. ``None`` says score and decision.
 
     Returns:
-        Figure: 12 (without examples 6.5) by about 8 inches.
+        Figure: 12 (without examples 6.5) inches wide, about 8 high with five parts.
 
     Example:
+        >>> import torch
         >>> from anomalib_spg.explanation import Explanation
         >>> explanation = Explanation("atom", 0.8, 0.5, torch.tensor([5]), torch.tensor([17]), torch.tensor([0.3]),
         ...                           torch.rand(1, 4, 4), torch.rand(64, 64), (1, 2))
@@ -134,14 +138,14 @@ def plot_explanation(
     maximum = float(explanation.maps[top].max()) if top else 1.0
     for row, part in enumerate(top):
         name = f"{explanation.unit} {int(explanation.units[part])}\nof block {int(explanation.blocks[part])}"
-        absent = explanation.absent is not None and bool(explanation.absent[part])
-        share = f"{'is absent: ' if absent else ''}adds {float(explanation.contributions[part]):.3f}"
-        share += f"\n{float(shares[part]):.0%} of all\nthat adds"
+        opposed = explanation.opposed is not None and bool(explanation.opposed[part])
+        share = f"adds {float(explanation.contributions[part]):.3f},\n{float(shares[part]):.0%} of all that adds"
+        share += "\nfor the image\npoints away from it" if opposed else ""
         axes = figure.add_subplot(rows[row, 0])
         axes.axis("off")
         axes.text(0, 0.72, name, fontsize=9, va="center", fontweight="bold", color=FOR)
         axes.text(0, 0.28, share, fontsize=8, va="center")
-        _show(figure.add_subplot(rows[row, 1]), overlay(picture, explanation.maps[part], maximum), "")
+        _show(figure.add_subplot(rows[row, 1]), overlay(picture, explanation.maps[part], patch_size, maximum), "")
         if cuts[row]:
             strip = figure.add_subplot(strips[row])
             _show(strip, _strip(cuts[row]), "training patches it fires on most" if row == 0 else "")
@@ -151,7 +155,7 @@ def plot_explanation(
         name = "patch" if compared == 1 else f"window of {compared} x {compared} patches"
         _show(figure.add_subplot(pair[0]), own, f"the {name} that decides, and around it")
         _show(figure.add_subplot(pair[1]), nearest, f"the nearest normal {name}, and around it")
-    figure.supxlabel(sentence(explanation, top), fontsize=9)
+    figure.supxlabel(fill(sentence(explanation, top), 150 if has_right else 80), fontsize=9)
     return figure
 
 
@@ -189,16 +193,19 @@ def sentence(explanation: Explanation, top: Sequence[int]) -> str:
         str: Sum.
 
     Example:
+        >>> import torch
         >>> from anomalib_spg.explanation import Explanation
         >>> parts = torch.tensor([0.3, -0.1])
         >>> atoms = torch.tensor([17, 4])
-        >>> explanation = Explanation("atom", 0.7, 0.5, atoms, atoms, parts, parts, parts, (0, 0))
+        >>> explanation = Explanation("atom", 0.7, 0.5, torch.zeros(2), atoms, parts, parts, parts, (0, 0))
         >>> sentence(explanation, [0])
         '0.500 (no preference) + 0.300 (atom 17) - 0.100 (1 other atom) = 0.700'
     """
-    named = [
-        (f"{explanation.unit} {int(explanation.units[part])}", float(explanation.contributions[part])) for part in top
-    ]
+    several = len(explanation.blocks.unique()) > 1
+    named = []
+    for part in top:
+        number = f"{int(explanation.blocks[part])}:" * several + str(int(explanation.units[part]))
+        named.append((f"{explanation.unit} {number}", float(explanation.contributions[part])))
     others = len(explanation.contributions) - len(top)
     rest = float(explanation.contributions.sum()) - sum(value for _, value in named)
     if others:
@@ -227,6 +234,7 @@ def plot_guides(guides: Guides, block: int, examples: Examples | None = None, at
         Figure: Two lists of atoms, with their example patches where there are any.
 
     Example:
+        >>> import torch
         >>> from anomalib_spg.guides import Guides
         >>> guides = Guides(dim=2)
         >>> guides.set(torch.eye(2), torch.arange(2), torch.tensor([[1.0, 0], [0, 1], [1, 0], [0, 1]]))
@@ -325,7 +333,7 @@ def plot_usage(records: Sequence[Mapping], rate: float = 0.1, atoms: int = 30) -
         image = axes.imshow(table, cmap="Reds", vmin=0, vmax=1, aspect="auto")
         figure.colorbar(image, label="share of rejected images")
         axes.set_xticks(range(len(shown)), [f"{block}:{atom}" for block, atom in shown], rotation=90)
-        axes.set_yticks(range(len(categories)), categories)
+        axes.set_yticks(range(len(categories)), categories, parse_math=False)
         if 0 < len(general) < len(shown):
             axes.axvline(len(general) - 0.5, color="black", linestyle="--")
     axes.set_title(

@@ -53,7 +53,7 @@ def _read(path: Path) -> dict[str, Any]:
 def write_report(folder: str | Path, name: str = "index.html") -> Path:
     """Write the page over all runs below a folder.
 
-    Of several runs of one model and category the newest counts. Where several categories are explained by atoms or by
+    Of several versions of one results folder the newest counts. Where several categories are explained by atoms or by
     neurons, a figure shows what they have in common.
 
     Args:
@@ -67,22 +67,22 @@ def write_report(folder: str | Path, name: str = "index.html") -> Path:
         ValueError: If there are no runs.
     """
     folder = Path(folder)
-    newest: dict[tuple[str, str], tuple[Path, dict[str, Any]]] = {}
+    newest: dict[Path, tuple[Path, dict[str, Any]]] = {}
     for path, run in sorted(read_runs(folder), key=lambda item: (item[0] / RECORDS).stat().st_mtime):
-        categories = sorted({image["category"] for image in run["images"]}) or [path.parent.parent.name]
-        newest[run["model"], ",".join(categories)] = (path, run)
+        newest[path.parents[1] / path.name] = (path, run)  # without its version
     images, figures = [], []
-    for (model, categories), (path, run) in newest.items():
+    for path, run in newest.values():
         base = Path(os.path.relpath(path, folder)).as_posix()
         where = "" if base == "." else f"{base}/"
         images += [
             image
-            | {"model": model, "unit": run["unit"]}
+            | {"model": run["model"], "unit": run["unit"]}
             | {key: where + image[key] for key in ("picture", "thumbnail")}
             for image in run["images"]
         ]
         figures += [
-            {"title": f"{model}, {categories}: {title}", "file": where + file} for title, file in run["figures"].items()
+            {"title": f"{run['model']}, {run['category']}: {title}", "file": where + file}
+            for title, file in run["figures"].items()
         ]
     figures += _common_figures(folder, list(newest.values()))
     page = files("anomalib_spg").joinpath("report.html").read_text(encoding="utf-8")
@@ -105,7 +105,7 @@ def _common_figures(folder: Path, runs: list[tuple[Path, dict[str, Any]]]) -> li
             plot_usage(images).savefig(folder / f"atoms_{learned}.png", dpi=90)
             title = f"which atoms explain rejections in {', '.join(categories)}"
             figures.append({"title": title, "file": f"atoms_{learned}.png"})
-    products = {run["images"][0]["category"]: run["neurons"] for _, run in runs if "neurons" in run and run["images"]}
+    products = {run["category"]: run["neurons"] for _, run in runs if any(run.get("neurons", {}).values())}
     if len(products) > 1:
         from anomalib_lake.figures import plot_overlap
 

@@ -3,6 +3,7 @@
 """Explanations as users get them: by the real ``anomalib`` command with real weights, and in a real browser."""
 
 import html
+import io
 import json
 import re
 import shutil
@@ -23,13 +24,13 @@ from PIL import Image
 from anomalib_lake import LAKEModel
 from anomalib_lake.figures import neuron_overlap
 from anomalib_spg import SPG, ExplanationVisualizer, SPGModel
-from anomalib_spg.examples import Examples
-from anomalib_spg.figures import atom_usage, is_general
+from anomalib_spg.examples import Examples, to_picture
+from anomalib_spg.figures import atom_usage, is_general, plot_explanation
 from anomalib_spg.pre_processor import default_pre_processor
 from anomalib_spg.quickstart import BACKBONE
 from anomalib_spg.report import write_report
 from tests.benchmarks.faithfulness import faithfulness
-from tests.conftest import engine, few_textiles, run_command
+from tests.conftest import data, engine, few_textiles, run_command
 
 COUNT = 8  # images per folder
 ON = ["--model.visualizer", "anomalib_spg.ExplanationVisualizer"]
@@ -101,7 +102,7 @@ def test_predict_from_checkpoint(
     """`anomalib predict` explains too, all images if asked to, with the examples beside the checkpoint."""
     data = tmp_path / "new" / "shift_3"
     data.mkdir(parents=True)
-    shutil.copyfile(quickstart / "textile/test/good/textile_0041.jpg", data / "a%20 #1.jpg")
+    shutil.copyfile(quickstart / "textile/test/good/textile_0041.jpg", data / "a%20 #1 $x_$y.jpg")
     config = spg.parents[3] / "config.yaml"
     checkpoint = spg / "weights/lightning/model.ckpt"
     arguments = [
@@ -117,9 +118,9 @@ def test_predict_from_checkpoint(
     ]
     output = anomalib_command("predict", *arguments, folder=spg.parents[3])
     assert "Explanations lack" not in output
-    folder = spg.parents[1] / "latest" / "explanations"  # where anomalib puts predictions
+    folder = spg.parents[1] / "latest" / "explanations_of_predictions"  # where anomalib puts predictions
     record = json.loads((folder / "explanations.json").read_text())["images"][0]
-    assert record["name"] == "shift_3/a%20 #1.jpg"
+    assert record["name"] == "shift_3/a%20 #1 $x_$y.jpg"
     assert record["defective"] is None
     assert Image.open(folder / record["picture"]).width > 1000
 
@@ -161,7 +162,7 @@ def runs(tmp_path: Path) -> Path:
         folder.mkdir(parents=True)
         for name in ("p.jpg", "t.jpg"):
             Image.new("RGB", (8, 8)).save(folder / name)
-        run = {"model": "SPG", "unit": "atom", "figures": {}, "learned": "same", "images": images}
+        run = {"model": "SPG", "unit": "atom", "figures": {}, "learned": "same", "category": category, "images": images}
         (folder / "explanations.json").write_text(json.dumps(run))
         (folder.parent.parent / "latest").symlink_to(folder.parent)
     return tmp_path
@@ -216,8 +217,9 @@ def test_real_page_in_a_browser(spg: Path) -> None:
     page = dump(spg / "explanations" / "index.html")
     worst = sorted(run["images"], key=lambda image: -image["score"])
     assert names(page) == [image["name"] for image in worst]
-    for source in re.findall(r'<img[^>]* src="([^"]+)"', page):
-        assert (spg / "explanations" / source).is_file()
+    sources = re.findall(r'<img[^>]* src="([^"]+)"', page)
+    assert len(sources) == len(worst) + len(run["figures"])
+    assert all((spg / "explanations" / source).is_file() for source in sources)
 
 
 def test_report_without_runs(tmp_path: Path) -> None:
@@ -258,7 +260,7 @@ def test_other_models_are_refused() -> None:
     """With a message that says what to do."""
     model = SimpleNamespace(model=torch.nn.Identity())
     with pytest.raises(TypeError, match=r"explains SPG and LAKE, not SimpleNamespace.*ImageVisualizer"):
-        ExplanationVisualizer.setup(None, model, "fit")
+        ExplanationVisualizer().setup(None, model, "fit")
     with pytest.raises(ValueError, match="choose 'rejected' or 'all'"):
         ExplanationVisualizer(explain="some")
 
@@ -271,6 +273,90 @@ def test_sensitivity_decides(spg: Path, tmp_path: Path) -> None:
     records = json.loads(next(tmp_path.rglob("explanations.json")).read_text())["images"]
     assert records
     assert all(image["rejected"] and image["threshold"] is None for image in records)
+
+
+@pytest.fixture
+def tiny() -> SPG:
+    """A model with random guides and the visualizer, for images that its patches do not divide."""
+    model = SPG(
+        backbone="vit_tiny_patch16_224",
+        layers=[3, 5],
+        pre_trained=False,
+        image_size=100,
+        visualizer=ExplanationVisualizer(),
+    )
+    examples = Examples(patch_size=16)
+    examples.add(torch.randn(6, 3, 100, 100), [0.5] * 3, [0.5] * 3)
+    for block, guides in zip((3, 5), model.model.guides, strict=True):
+        guides.set(torch.nn.functional.normalize(torch.randn(9, 192), dim=1), torch.arange(9), torch.rand(4, 9))
+        examples.find(block, guides, torch.randn(6, 49, 192))
+    model._is_fitted = torch.tensor([True])
+    model.visualizer._examples = examples
+    return model
+
+
+def explain_predictions(model: SPG, folder: Path, images: Path) -> list[dict[str, Any]]:
+    """Records of a prediction."""
+    engine(folder).predict(model, data_path=images)
+    return json.loads(next(folder.rglob("explanations.json")).read_text())["images"]
+
+
+def test_names_that_are_alike_or_odd(tiny: SPG, tmp_path: Path) -> None:
+    """Every image has its own picture; without a threshold all are explained and none is called rejected."""
+    paths = [tmp_path / "in" / name for name in ("a/x.png", "a/x.bmp", "b/a/x.png", "a/$1_$2 零.png")]
+    for number, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((70, 50, 3), 60 * number, np.uint8)).save(path)
+    records = explain_predictions(tiny, tmp_path / "out", tmp_path / "in")
+    folder = next((tmp_path / "out").rglob("explanations_of_predictions"))
+    assert {record["path"] for record in records} == set(map(str, paths))
+    assert len({record["picture"] for record in records}) == 4
+    assert all((folder / record[kind]).is_file() for record in records for kind in ("picture", "thumbnail"))
+    assert all(record["rejected"] is None and record["threshold"] is None for record in records)
+    assert not tiny.model.backbone._forward_hooks
+
+
+def test_an_interrupted_run_lets_go(tiny: SPG, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing listens to the backbone after an error."""
+    Image.new("RGB", (50, 50)).save(tmp_path / "x.png")
+    monkeypatch.setattr(ExplanationVisualizer, "_write", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        explain_predictions(tiny, tmp_path / "out", tmp_path / "x.png")
+    assert not tiny.model.backbone._forward_hooks
+
+
+def test_half_precision(tiny: SPG) -> None:
+    """Where the model runs in bfloat16, so do its explanations and their pictures."""
+    images = torch.randn(1, 3, 100, 100).bfloat16()
+    explanation = tiny.model.bfloat16().explain(images)[0]
+    picture = to_picture(images[0], [0.5] * 3, [0.5] * 3)
+    plot_explanation(explanation, picture, tiny.visualizer._examples).savefig(io.BytesIO(), format="png")
+    assert 0.5 + float(explanation.contributions.sum()) == pytest.approx(explanation.score, abs=0.02)
+
+
+def test_exports_hold_no_training_images(tiny: SPG, mvtec: Path, tmp_path: Path) -> None:
+    """The visualizer's images are part of the explanations only, and are the same as those in the file."""
+    trained = SPG(
+        backbone="vit_tiny_patch16_224",
+        layers=[5],
+        pre_trained=False,
+        image_size=64,
+        views=2,
+        num_atoms=32,
+        k=4,
+        sae_epochs=1,
+        guide_epochs=1,
+        visualizer=ExplanationVisualizer(),
+    )
+    engine(tmp_path).fit(trained, datamodule=data(mvtec))
+    kept = Examples.load(next(tmp_path.rglob("examples.safetensors"))).images
+    assert kept
+    assert trained.model.examples is None
+    assert trained.visualizer._examples.images.items() >= kept.items()
+    for model in (trained, tiny):
+        file = io.BytesIO()
+        torch.save(model, file)
+        assert b"JFIF" not in file.getvalue()
 
 
 def test_off_costs_nothing() -> None:

@@ -32,6 +32,8 @@ def create() -> Create:
 
     def make(kind: str, layers: tuple[str, ...] = ("layer1", "layer2"), **arguments: object) -> AnomalibModule:
         torch.manual_seed(1)
+        # as text: Python 3.11.0 to 3.11.3 pickle an enumeration so that weights_only=True refuses it
+        arguments = {"precision": "float32", **arguments}
         if kind == "patchcore":
             arguments = {"coreset_sampling_ratio": 1.0, "num_neighbors": 2, **arguments}
             return Patchcore("resnet18", layers, pre_trained=False, visualizer=False, **arguments)

@@ -2,6 +2,7 @@
 
 """The real ``anomalib`` command, in subprocesses, with the real DINOv2-S/14 weights on real images."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -207,7 +208,8 @@ def test_benchmark(name: str, folder: Path, trained: str, tmp_path: Path, anomal
 def test_two_processes(tmp_path: Path, mvtec: Path, visa: Path, anomalib_command: Callable[..., str]) -> None:
     """Lightning's own strategy divides the images; the checkpoint is one that a single process reads."""
     model = {"backbone": "vit_tiny_patch16_224", "pre_trained": False, "layers": [3], "image_size": 64}
-    model |= {"num_atoms": 64, "k": 8, "sae_epochs": 2, "guide_epochs": 3, "seed": 0, "visualizer": False}
+    model |= {"num_atoms": 64, "k": 8, "sae_epochs": 2, "guide_epochs": 3, "seed": 0}
+    model |= {"visualizer": {"class_path": "anomalib_spg.ExplanationVisualizer", "init_args": {"explain": "all"}}}
     data = {"auxiliary": "MVTecAD", "auxiliary_args": {"root": str(mvtec)}, "auxiliary_categories": ["brick", "grass"]}
     data |= {"target": "Visa", "target_args": {"root": str(visa), "category": "gravel"}, "num_workers": 0}
     config = {
@@ -222,6 +224,9 @@ def test_two_processes(tmp_path: Path, mvtec: Path, visa: Path, anomalib_command
     # anomalib makes a versioned folder in each process; the first one's is written to
     weights = tmp_path / "results/SPG/MVTecAD_to_Visa/gravel/v0/weights"
     assert (weights / "guides.safetensors").is_file()
+    records = json.loads((weights.parent / "explanations" / "explanations.json").read_text())["images"]
+    tested = {path.stem for path in (visa / "visa_pytorch" / "gravel" / "test").rglob("*.*")}
+    assert sorted(Path(record["path"]).stem for record in records) == sorted(tested)
     alone = ["--trainer.accelerator", "cpu", "--ckpt_path", weights / "lightning/model.ckpt"]
     again = anomalib_command("test", "--config", "config.yaml", *alone, folder=tmp_path)
 

@@ -66,9 +66,9 @@ def test_values_by_hand() -> None:
     torch.testing.assert_close(explanation.contributions, expected, atol=1e-5, rtol=0)  # a corner is its patch alone
     assert explanation.shares.tolist() == [0, 1]
     assert explanation.top(5) == [1]
-    assert not explanation.absent.any()
-    absent = model.explain(torch.zeros(1, 3, 16, 16), Tokens([torch.tensor([[[-3.0, 4.0]]])], [], (1, 1)))[0].absent
-    assert absent.tolist() == [True, False]  # the normal atom is turned away from, which adds
+    assert not explanation.opposed.any()
+    opposed = model.explain(torch.zeros(1, 3, 16, 16), Tokens([torch.tensor([[[-3.0, 4.0]]])], [], (1, 1)))[0].opposed
+    assert opposed.tolist() == [True, False]  # the normal atom is turned away from, which adds
 
 
 def test_no_preference_is_divided_too() -> None:
