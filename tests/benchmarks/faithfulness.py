@@ -7,8 +7,9 @@
 
 The first table: atoms or neurons are removed from the model, and as many at random, and defects are scored again. A
 removed atom's coefficients become zero in every guide; a removed neuron is taken from bank and image, as if it had not
-been chosen; the bank's usual distance stays. Each defective textile image has its own ones removed. Shown is how much of what its score lies above the
-mean of the good images is gone then: median and quartiles over the images, random choices averaged over 5 draws.
+been chosen; the bank's usual distance stays. Each defective textile image has its own ones removed. Shown is how much
+of what its score lies above the mean of the good images is gone then: median and quartiles over the images, random
+choices averaged over 5 draws.
 
 The second one: seconds of a whole pass without explanation, of the explanation from tokens at hand, and of drawing and
 writing its picture, in turn, median over the images.
