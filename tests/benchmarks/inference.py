@@ -134,7 +134,8 @@ def main() -> None:
     def load(name: str) -> nn.Module:
         file = arguments.cache / f"{name}.pt"
         if not file.exists():
-            with torch.no_grad():
+            # SPG trains; of the others no gradient is wanted
+            with torch.inference_mode(mode=False), torch.set_grad_enabled(name == "SPG"):
                 torch.save(builders[name][0](), file)
         return load_file(file).to(device).eval()
 
