@@ -51,8 +51,7 @@ class Examples:
     """A bounded choice of the training images, as JPEG, and the patches in them where each atom fires most.
 
     Every image that passes has the same chance to be kept; a run that goes on after an interruption keeps none from
-    before it. The choice has a random generator of its own, so that keeping images
-    changes nothing of what is learned.
+    before it. The choice has a random generator of its own, so that keeping images changes nothing of what is learned.
 
     Args:
         limit (int): Most images to keep. Defaults to 256 (ours), about 15 MB.

@@ -157,11 +157,7 @@ def _terms(tokens: torch.Tensor, atoms: torch.Tensor, strengths: torch.Tensor, t
 
 def _pixel_weights(model: SPGModel, anomaly_map: torch.Tensor) -> torch.Tensor:
     """How much each pixel counts in the image score; they sum to 1 ``(B, H, W)``."""
-    pixels = anomaly_map.flatten(1)
-    if model.image_score == "lse":
-        weights = torch.softmax(pixels / model.temperature, dim=1)
-    else:
-        count = 1 if model.image_score == "max" else max(1, round(model.top_fraction * pixels.shape[1]))
-        chosen = pixels.topk(count, dim=1).indices
-        weights = torch.zeros_like(pixels).scatter_(1, chosen, 1 / count)
-    return weights.view_as(anomaly_map)
+    # The score's own gradient. A test runs in inference mode, whose tensors have none.
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        pixels = anomaly_map.flatten(1).clone().requires_grad_()
+        return torch.autograd.grad(model.score(pixels).sum(), pixels)[0].view_as(anomaly_map)

@@ -36,7 +36,7 @@ class ExplanationVisualizer(ImageVisualizer):
 
     Beside anomalib's ``images/`` it writes the folder ``explanations/``, or ``explanations_of_predictions/``: a picture
     per explained image, pictures of the model, ``explanations.json``, and the page ``index.html``, which opens without
-    internet. What an earlier run left there is removed.
+    internet. Pictures that an earlier run left there are removed.
 
     Explanations need no second pass through the backbone: a hook keeps the tokens of the batch at hand. During training
     it keeps up to 256 images as JPEG, finds in them where each atom fires most (SPG) or keeps them as the normal images
@@ -127,10 +127,12 @@ class ExplanationVisualizer(ImageVisualizer):
         name = "explanations" if trainer.testing else "explanations_of_predictions"
         # anomalib gives each process a results folder; all write to the first one's
         self._folder = Path(trainer.strategy.broadcast(str(trainer.default_root_dir))) / name
-        if trainer.is_global_zero:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        kinds = ("pictures", "thumbnails")
+        if trainer.is_global_zero and (self._folder / RECORDS).is_file():  # else it may be a folder of the user's own
+            for kind in kinds:
+                shutil.rmtree(self._folder / kind, ignore_errors=True)
         trainer.strategy.barrier()
-        for kind in ("pictures", "thumbnails"):
+        for kind in kinds:
             (self._folder / kind).mkdir(parents=True, exist_ok=True)
         self._records = []
         self._hook = pl_module.model.backbone.register_forward_hook(self._keep_tokens)

@@ -316,6 +316,20 @@ def test_names_that_are_alike_or_odd(tiny: SPG, tmp_path: Path) -> None:
     assert not tiny.model.backbone._forward_hooks
 
 
+def test_what_is_not_ours_stays(tiny: SPG, tmp_path: Path) -> None:
+    """Pictures of an earlier run go; a folder of the user's that happens to have the same name is left alone."""
+    Image.new("RGB", (50, 50)).save(tmp_path / "x.png")
+    folder = tmp_path / "out" / "SPG" / "latest" / "explanations_of_predictions"
+    (folder / "pictures").mkdir(parents=True)
+    for name in ("mine.txt", "pictures/mine.jpg"):
+        (folder / name).write_text("mine")
+    assert len(explain_predictions(tiny, tmp_path / "out", tmp_path / "x.png")) == 1
+    assert (folder / "pictures" / "mine.jpg").is_file()
+    explain_predictions(tiny, tmp_path / "out", tmp_path / "x.png")
+    assert [path.name for path in (folder / "pictures").iterdir()] == ["00000_x.jpg"]
+    assert (folder / "mine.txt").is_file()
+
+
 def test_an_interrupted_run_lets_go(tiny: SPG, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing listens to the backbone after an error."""
     Image.new("RGB", (50, 50)).save(tmp_path / "x.png")
