@@ -4,6 +4,7 @@
 
 import torch
 from anomalib.models.components import DynamicBufferMixin, KCenterGreedy
+from einops import rearrange
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -26,14 +27,14 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
 
     Attributes:
         tokens (torch.Tensor): Kept tokens ``(M, K)``.
-        images (torch.Tensor): Number of the normal image each of them is from ``(M,)``.
-        positions (torch.Tensor): Number of the patch in that image ``(M,)``.
-        scale (torch.Tensor): The 99 % quantile of the leave-one-image-out distances, a scalar.
+        image_indices (torch.Tensor): Index of the normal image each of them is from ``(M,)``.
+        patch_indices (torch.Tensor): Index of the patch in that image ``(M,)``.
+        distance_scale (torch.Tensor): The 99 % quantile of the leave-one-image-out distances, a scalar.
 
     Example:
         >>> bank = NormalityBank()
         >>> bank.fit(torch.tensor([[[0.0, 0.0], [1.0, 0.0]], [[0.0, 2.0], [1.0, 2.0]]]), grid=(1, 2))
-        >>> bank.scale
+        >>> bank.distance_scale
         tensor(2.)
         >>> bank(torch.tensor([[[0.0, 1.0], [1.0, 6.0]]]))
         tensor([[0.5000, 2.0000]])
@@ -46,13 +47,13 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
             raise ValueError(msg)
         self.size = size
         self.register_buffer("tokens", torch.empty(0))
-        self.register_buffer("images", torch.empty(0, dtype=torch.long))
-        self.register_buffer("positions", torch.empty(0, dtype=torch.long))
-        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("image_indices", torch.empty(0, dtype=torch.long))
+        self.register_buffer("patch_indices", torch.empty(0, dtype=torch.long))
+        self.register_buffer("distance_scale", torch.ones(()))
         self.tokens: torch.Tensor
-        self.images: torch.Tensor
-        self.positions: torch.Tensor
-        self.scale: torch.Tensor
+        self.image_indices: torch.Tensor
+        self.patch_indices: torch.Tensor
+        self.distance_scale: torch.Tensor
 
     def fit(self, tokens: torch.Tensor, grid: tuple[int, int], stride: int = 1) -> None:
         """Fill the bank.
@@ -69,32 +70,32 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
         numbers = torch.arange(patches, device=tokens.device)
         on_rows, on_columns = numbers // grid[1] % stride == 0, numbers % grid[1] % stride == 0
         kept = numbers[on_rows & on_columns]
-        self.scale = self._usual_distance(tokens, grid, kept)
-        if not self.scale > 2e-3 * tokens.norm(dim=-1).mean():  # what rounding alone gives
+        self.distance_scale = self._usual_distance(tokens, grid, kept)
+        if not self.distance_scale > 2e-3 * tokens.norm(dim=-1).mean():  # what rounding alone gives
             msg = "The normal images are copies of each other, or blank. Give images that differ."
             raise ValueError(msg)
         self.tokens = tokens[:, kept].flatten(0, 1).contiguous()
-        self.images = torch.arange(images, device=tokens.device).repeat_interleave(len(kept))
-        self.positions = kept.repeat(images)
+        self.image_indices = torch.arange(images, device=tokens.device).repeat_interleave(len(kept))
+        self.patch_indices = kept.repeat(images)
         if self.size is not None and self.size < len(self.tokens):
             # Half a token more: the sampler rounds the product down.
             sampler = KCenterGreedy(self.tokens, sampling_ratio=(self.size + 0.5) / len(self.tokens))
             coreset = torch.tensor(sampler.select_coreset_idxs(), device=tokens.device)
-            self.tokens, self.images, self.positions = (
-                values[coreset] for values in (self.tokens, self.images, self.positions)
+            self.tokens, self.image_indices, self.patch_indices = (
+                values[coreset] for values in (self.tokens, self.image_indices, self.patch_indices)
             )
 
     @staticmethod
     def _usual_distance(tokens: torch.Tensor, grid: tuple[int, int], kept: torch.Tensor) -> torch.Tensor:
         """Distance that 99 % of the patches stay below, to the other images; with one image, to its other quarters.
 
-        At most 8 images are asked, spread over all: a quantile of thousands of patches hardly moves with more.
+        At most 8 images, spread over all, are compared: a quantile of thousands of patches hardly moves with more.
         """
         images, patches = tokens.shape[:2]
         bank = tokens[:, kept]
         if images > 1:
-            asked = sorted({round(number) for number in torch.linspace(0, images - 1, 8).tolist()})
-            pairs = [(tokens[index], torch.cat([bank[:index], bank[index + 1 :]]).flatten(0, 1)) for index in asked]
+            compared = sorted({round(number) for number in torch.linspace(0, images - 1, 8).tolist()})
+            pairs = [(tokens[index], torch.cat([bank[:index], bank[index + 1 :]]).flatten(0, 1)) for index in compared]
         else:
             numbers = torch.arange(patches, device=tokens.device)
             quarter = numbers // grid[1] * 2 // grid[0] * 2 + numbers % grid[1] * 2 // grid[1]
@@ -115,7 +116,7 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
             distances = nearest(tokens, self.tokens)
         else:  # image by image, so that the table of distances stays in the cache
             distances = torch.stack([nearest(image, self.tokens) for image in tokens])
-        return distances / self.scale
+        return distances / self.distance_scale
 
 
 def nearest(tokens: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
@@ -154,6 +155,6 @@ def average_neighbors(tokens: torch.Tensor, grid: tuple[int, int], scale: int) -
     """
     if scale == 1:
         return tokens
-    maps = tokens.transpose(1, 2).unflatten(2, grid)
+    maps = rearrange(tokens, "b (h w) d -> b d h w", h=grid[0])
     maps = F.avg_pool2d(maps, scale, stride=1, padding=scale // 2, count_include_pad=False)
-    return maps.flatten(2).transpose(1, 2)
+    return rearrange(maps, "b d h w -> b (h w) d")

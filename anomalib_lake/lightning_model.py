@@ -11,25 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from anomalib import LearningType
 from anomalib.data import Batch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule, MemoryBankMixin
-from anomalib.post_processing import PostProcessor
-from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from matplotlib.figure import Figure
 from torch import nn
 
-from anomalib_spg.backbone import default_image_size
-from anomalib_spg.checkpoint import check_identity
-from anomalib_spg.compression import CompressBackboneOnly
-from anomalib_spg.evaluator import default_evaluator
-from anomalib_spg.post_processor import OrderPreservingPostProcessor
-from anomalib_spg.pre_processor import default_pre_processor
-from anomalib_spg.unreadable import NameUnreadableImages
+from anomalib_spg.components.backbone import Tokens
+from anomalib_spg.components.lightning import FrozenBackboneMixin
+from anomalib_spg.explanations.examples import Examples
+from anomalib_spg.explanations.explanation import Explanation
 
+from .explain import explain
+from .figures import plot_neurons
 from .neurons import Normalization, Selection
 from .normal_images import draw_normal_images
 from .torch_model import DEFAULT_BACKBONE, LAKEModel
@@ -37,7 +34,7 @@ from .torch_model import DEFAULT_BACKBONE, LAKEModel
 logger = logging.getLogger(__name__)
 
 
-class LAKE(CompressBackboneOnly, MemoryBankMixin, AnomalibModule):
+class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
     """LAKE: Latent Anomaly Knowledge Excavation.
 
     Training-free. A few normal images show which neurons of a frozen foundation model are sensitive; how far a patch
@@ -56,7 +53,7 @@ class LAKE(CompressBackboneOnly, MemoryBankMixin, AnomalibModule):
         image_size (int | tuple[int, int] | None): Size images are resized to. ``None`` is 448, or 518 for CLIP (ours).
         k_shot (int | None): Normal images to use, drawn with the seed; ``None`` for all. Defaults to 4 (ours).
         few_shot_source (str | Path | None): Folder of normal images to draw from instead of the training set.
-        neurons (int): Sensitive neurons per layer, K. Defaults to 100 (paper).
+        num_neurons (int): Sensitive neurons per layer, K. Defaults to 100 (paper).
         selection (Literal["variance", "random", "lowest", "pca", "all"]): Rule that chooses them: variance (paper), or
             a control.
         normalization (Literal["after", "before", "none"]): Bring tokens to unit length after the selection (ours),
@@ -82,6 +79,7 @@ class LAKE(CompressBackboneOnly, MemoryBankMixin, AnomalibModule):
 
     Attributes:
         normal_images (list[str]): Paths of the normal images that were drawn.
+        examples (Examples | None): Set it before fitting to keep the normal images for explanations.
 
     Raises:
         ValueError: If an argument is out of range, or text is asked of a backbone that has none.
@@ -92,6 +90,8 @@ class LAKE(CompressBackboneOnly, MemoryBankMixin, AnomalibModule):
         >>> model.model.layers, model.model.text_weight
         ([4, 7], 0.0)
     """
+
+    default_backbone = DEFAULT_BACKBONE
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class LAKE(CompressBackboneOnly, MemoryBankMixin, AnomalibModule):
         image_size: int | tuple[int, int] | None = None,
         k_shot: int | None = 4,
         few_shot_source: str | Path | None = None,
-        neurons: int = 100,
+        num_neurons: int = 100,
         selection: Selection = "variance",
         normalization: Normalization = "after",
         bank_size: int | None = 8192,
@@ -123,8 +123,7 @@ class LAKE(CompressBackboneOnly, MemoryBankMixin, AnomalibModule):
         if k_shot is not None and k_shot < 1:
             msg = f"k_shot={k_shot} must be at least 1; leave it null to use every normal image."
             raise ValueError(msg)
-        image_size = image_size or default_image_size(backbone)
-        size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
+        size = self.resolve_image_size(image_size, backbone)
         super().__init__(
             pre_processor=self.configure_pre_processor(size, backbone) if pre_processor is True else pre_processor,
             post_processor=post_processor,
@@ -136,6 +135,7 @@ class LAKE(CompressBackboneOnly, MemoryBankMixin, AnomalibModule):
         self.few_shot_source = few_shot_source
         self.class_name = class_name
         self.normal_images: list[str] = []
+        self.examples: Examples | None = None
         self._training_set: Any = None
         self.model: LAKEModel = LAKEModel(
             backbone=backbone,
@@ -145,7 +145,7 @@ class LAKE(CompressBackboneOnly, MemoryBankMixin, AnomalibModule):
             pre_trained=pre_trained,
             weights=weights,
             image_size=self.input_size or size,
-            neurons=neurons,
+            num_neurons=num_neurons,
             selection=selection,
             normalization=normalization,
             bank_size=bank_size,
@@ -155,46 +155,6 @@ class LAKE(CompressBackboneOnly, MemoryBankMixin, AnomalibModule):
             temperature=temperature,
             sigma=sigma,
         )
-
-    @classmethod
-    def configure_pre_processor(
-        cls,
-        image_size: tuple[int, int] | None = None,
-        backbone: str = DEFAULT_BACKBONE,
-    ) -> PreProcessor:
-        """Configure the default pre-processor: resize, and normalise with the backbone's own image statistics.
-
-        Args:
-            image_size (tuple[int, int] | None, optional): Size to resize to. Defaults to 448, or 518 for CLIP.
-            backbone (str): timm model name.
-
-        Returns:
-            PreProcessor: Configured pre-processor.
-
-        Example:
-            >>> LAKE.configure_pre_processor().transform.transforms[0].size
-            [518, 518]
-        """
-        return default_pre_processor(backbone, image_size)
-
-    @staticmethod
-    def configure_post_processor() -> PostProcessor:
-        """Configure the default post-processor, which cannot change a ranking metric."""
-        return OrderPreservingPostProcessor()
-
-    @staticmethod
-    def configure_evaluator() -> Evaluator:
-        """Configure the default evaluator: anomalib's metrics, and average precision and AUPRO beside them."""
-        return default_evaluator()
-
-    def configure_callbacks(self) -> Sequence[Callback]:
-        """Add the callback that names images which cannot be read."""
-        return [*super().configure_callbacks(), NameUnreadableImages()]
-
-    @staticmethod
-    def configure_optimizers() -> None:
-        """Return no optimiser: nothing is trained."""
-        return
 
     def setup(self, stage: str) -> None:
         """Before fitting, put the drawn normal images in the place of the training set, so that no other is decoded.
@@ -242,7 +202,10 @@ class LAKE(CompressBackboneOnly, MemoryBankMixin, AnomalibModule):
             STEP_OUTPUT: A dummy loss for Lightning.
         """
         del args, kwargs
+        start = self.model.num_stored
         self.model(batch.image)
+        if self.examples is not None:
+            self.examples.add(batch.image, self.model.backbone.mean, self.model.backbone.std, start)
         return torch.tensor(0.0, requires_grad=True, device=self.device)
 
     def fit(self) -> None:
@@ -258,49 +221,64 @@ class LAKE(CompressBackboneOnly, MemoryBankMixin, AnomalibModule):
             self.model.scales,
         )
 
-    def validation_step(self, batch: Batch, *args, **kwargs) -> STEP_OUTPUT:
-        """Find anomalies in a validation batch.
+    def explain(self, images: torch.Tensor, tokens: Tokens | None = None) -> list[Explanation]:
+        """Split the scores of images into neurons and text; see :func:`anomalib_lake.explain.explain`.
 
         Args:
-            batch (Batch): Input batch.
-            *args: Additional arguments (unused).
-            **kwargs: Additional keyword arguments (unused).
+            images (torch.Tensor): Normalised images ``(B, 3, H, W)``.
+            tokens (Tokens | None): What the backbone gave for them, where that is at hand. Defaults to ``None``.
 
         Returns:
-            STEP_OUTPUT: The batch with predictions.
+            list[Explanation]: One per image.
         """
-        del args, kwargs
-        return batch.update(**self.model(batch.image)._asdict())
+        tokens = self.model.backbone(images) if tokens is None else tokens
+        return explain(self.model, tokens, (images.shape[-2], images.shape[-1]))
+
+    def figures(self, examples: Examples | None = None) -> dict[str, tuple[str, Figure]]:
+        """Draw which neurons were chosen.
+
+        Args:
+            examples (Examples | None): Unused; SPG's counterpart shows example patches.
+
+        Returns:
+            dict[str, tuple[str, Figure]]: By a name fit for a file, the title and the matplotlib figure; none of
+            principal components.
+        """
+        del examples
+        if self.model.neurons[0].selection == "pca":
+            return {}
+        return {"neurons": ("which neurons were chosen", plot_neurons(self.model))}
+
+    def chosen_neurons(self) -> dict[int, list[int]]:
+        """Sensitive neurons by block, the most sensitive first; none of principal components."""
+        chosen = zip(self.model.layers, self.model.neurons, strict=True)
+        return {block: neurons.indices.tolist() for block, neurons in chosen}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint stand alone: restoring it needs neither hub nor weights nor normal images."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["normal_images"] = self.normal_images
         checkpoint["hyper_parameters"] |= {
-            **self._identity(),
+            **self.identity(),
             "pre_trained": False,
             "weights": None,
             "few_shot_source": None,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore component configuration, and refuse the checkpoint of another model.
-
-        Raises:
-            ValueError: If backbone, layers, image size, selection or text weight differ.
-        """
+        """Restore component configuration and the drawn images' names, and refuse the checkpoint of another model."""
         super().on_load_checkpoint(checkpoint)
         self.normal_images = checkpoint.get("normal_images", [])
-        check_identity(checkpoint, self._identity())
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
+        """Arguments that decide what a checkpoint's tensors mean."""
         model = self.model
         return {
             "backbone": model.backbone.name,
             "layers": model.layers,
             "scales": model.scales,
             "image_size": list(model.backbone.image_size),
-            "neurons": model.neurons[0].count,
+            "num_neurons": model.neurons[0].count,
             "selection": model.neurons[0].selection,
             "normalization": model.neurons[0].normalization,
             "text_weight": model.text_weight,
@@ -314,13 +292,3 @@ class LAKE(CompressBackboneOnly, MemoryBankMixin, AnomalibModule):
             dict[str, Any]: One epoch on one device, because the normal images are passed once.
         """
         return {"gradient_clip_val": 0, "max_epochs": 1, "num_sanity_val_steps": 0, "devices": 1}
-
-    @property
-    def learning_type(self) -> LearningType:
-        """Learning type.
-
-        Returns:
-            LearningType: Always ``ONE_CLASS``. The method is few-shot, but anomalib's engine would only validate a
-                ``FEW_SHOT`` model: it would never see the normal images, nor run in ``anomalib benchmark``.
-        """
-        return LearningType.ONE_CLASS

@@ -26,34 +26,34 @@ class SelectSensitiveNeurons(Callback):
     instead, or load the checkpoint's state after :meth:`attach`.
 
     Args:
-        neurons (int): Sensitive neurons per layer, K. Defaults to 100 (paper).
+        num_neurons (int): Sensitive neurons per layer, K. Defaults to 100 (paper).
         selection (Literal["variance", "random", "lowest", "pca", "all"]): Rule that chooses them: variance (paper), or
             a control.
 
     Raises:
-        ValueError: If ``neurons`` is not positive, or ``selection`` is unknown.
+        ValueError: If ``num_neurons`` is not positive, or ``selection`` is unknown.
 
     Example:
         From the command line it is ``--trainer.callbacks+=anomalib_lake.SelectSensitiveNeurons``; in Python
 
         >>> from anomalib.engine import Engine
         >>> from anomalib_lake import SelectSensitiveNeurons
-        >>> engine = Engine(callbacks=[SelectSensitiveNeurons(neurons=50)])
+        >>> engine = Engine(callbacks=[SelectSensitiveNeurons(num_neurons=50)])
 
         A model without a trainer:
 
         >>> from anomalib.models import Patchcore
         >>> model = Patchcore("resnet18", ["layer1", "layer2"], pre_trained=False)
-        >>> SelectSensitiveNeurons(neurons=50).attach(model)
+        >>> SelectSensitiveNeurons(num_neurons=50).attach(model)
         >>> _ = model.model.train()(torch.rand(1, 3, 64, 64))
         >>> model.fit()
         >>> model.model.memory_bank.shape
         torch.Size([25, 100])
     """
 
-    def __init__(self, neurons: int = 100, selection: Selection = "variance") -> None:
-        SensitiveNeurons(neurons, selection)  # bad arguments fail here, not in the middle of a run
-        self.neurons = neurons
+    def __init__(self, num_neurons: int = 100, selection: Selection = "variance") -> None:
+        SensitiveNeurons(num_neurons, selection)  # bad arguments fail here, not in the middle of a run
+        self.num_neurons = num_neurons
         self.selection = selection
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -85,8 +85,9 @@ class SelectSensitiveNeurons(Callback):
         if inner.memory_bank.numel() > 0:
             msg = f"This {type(model).__name__} has a bank of all channels already. Fit a new one with the callback."
             raise ValueError(msg)
+        # Swapped, not rebuilt: these models do not keep the arguments they were built with.
         inner.__class__ = _SENSITIVE[type(inner)]
-        inner.make_neurons(self.neurons, self.selection)
+        inner.make_neurons(self.num_neurons, self.selection)
 
 
 class _SensitiveBank(nn.Module):

@@ -51,7 +51,7 @@ class SensitiveNeurons(DynamicBufferMixin, nn.Module):
     ) -> None:
         super().__init__()
         if count < 1:
-            msg = f"neurons={count} must be at least 1."
+            msg = f"num_neurons={count} must be at least 1."
             raise ValueError(msg)
         for name, value, known in (
             ("selection", selection, get_args(Selection)),
@@ -84,7 +84,7 @@ class SensitiveNeurons(DynamicBufferMixin, nn.Module):
         """
         dim = tokens.shape[1]
         if self.selection != "all" and self.count > dim:
-            msg = f"neurons={self.count} exceeds the {dim} channels of this backbone's patch tokens."
+            msg = f"num_neurons={self.count} exceeds the {dim} channels of this backbone's patch tokens."
             raise ValueError(msg)
         if self.normalization == "before":
             tokens = F.normalize(tokens, dim=-1)

@@ -17,7 +17,7 @@ from open_clip.transformer import QuickGELU, TextTransformer
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_spg.backbone import pretrained_config, read_weights
+from anomalib_spg.components.backbone import pretrained_config, read_weights
 
 CHECKPOINT = "open_clip_model.safetensors"  # what OpenCLIP calls it in the hub's repositories
 BATCH = 64  # prompts at a time

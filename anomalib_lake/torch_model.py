@@ -9,20 +9,17 @@ this file.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from anomalib.data import InferenceBatch
+from einops import rearrange
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_spg.anomaly_map import AnomalyMapGenerator
-from anomalib_spg.backbone import Backbone, Tokens, is_clip, num_blocks
-from anomalib_spg.examples import Examples
-from anomalib_spg.explanation import Explanation
+from anomalib_spg.components.anomaly_map import AnomalyMapGenerator
+from anomalib_spg.components.backbone import Backbone, is_clip, num_blocks
 
 from .bank import NormalityBank, average_neighbors
-from .explanation import explain
 from .neurons import Normalization, Selection, SensitiveNeurons
 from .text import embed_prompts, prompts, read_checkpoint, text_tower
 
@@ -63,7 +60,7 @@ class LAKEModel(nn.Module):
             towers; without text a file in timm's naming will do. Defaults to ``None``.
         image_size (tuple[int, int] | None): Height and width images are expected to have. Others work, slightly slower.
             ``None`` is the size the weights were trained with.
-        neurons (int): Sensitive neurons per layer, K. Defaults to 100 (paper).
+        num_neurons (int): Sensitive neurons per layer, K. Defaults to 100 (paper).
         selection (str): Rule that chooses them: ``"variance"`` (paper), or a control: ``"random"``, ``"lowest"``,
             ``"pca"``, ``"all"``. See :class:`SensitiveNeurons`.
         normalization (str): Bring tokens to unit length ``"after"`` the selection (ours), ``"before"``, or ``"none"``.
@@ -81,7 +78,7 @@ class LAKEModel(nn.Module):
         ValueError: If an argument is out of range, or text is asked of a backbone that has none.
 
     Example:
-        >>> model = LAKEModel("vit_tiny_patch16_224", layers=[5], pre_trained=False, neurons=20)
+        >>> model = LAKEModel("vit_tiny_patch16_224", layers=[5], pre_trained=False, num_neurons=20)
         >>> _ = model.train()(torch.randn(2, 3, 64, 64))
         >>> model.fit()
         >>> batch = model.eval()(torch.randn(3, 3, 64, 64))
@@ -98,7 +95,7 @@ class LAKEModel(nn.Module):
         pre_trained: bool = True,
         weights: str | Path | None = None,
         image_size: tuple[int, int] | None = None,
-        neurons: int = 100,
+        num_neurons: int = 100,
         selection: Selection = "variance",
         normalization: Normalization = "after",
         bank_size: int | None = 8192,
@@ -142,8 +139,8 @@ class LAKEModel(nn.Module):
         self.layers: list[int] = sorted({layer % depth for layer in layers})
         self.scales: list[int] = sorted(set(scales))
         self.semantic_layer = semantic_layer % depth
-        if neurons > self.backbone.embed_dim and selection != "all":
-            msg = f"neurons={neurons} exceeds the {self.backbone.embed_dim} channels of '{backbone}'."
+        if num_neurons > self.backbone.embed_dim and selection != "all":
+            msg = f"num_neurons={num_neurons} exceeds the {self.backbone.embed_dim} channels of '{backbone}'."
             raise ValueError(msg)
         self.text_weight = text_weight
         self.normal_prompts = normal_prompts
@@ -151,14 +148,13 @@ class LAKEModel(nn.Module):
         if text_weight > 0:
             prompts("object", normal_prompts, anomalous_prompts)  # a mistake in them shows now, not after the images
         self.temperature = temperature
-        self.neurons = nn.ModuleList(SensitiveNeurons(neurons, selection, normalization) for _ in self.layers)
+        self.neurons = nn.ModuleList(SensitiveNeurons(num_neurons, selection, normalization) for _ in self.layers)
         # One per layer and scale.
         self.banks = nn.ModuleList(nn.ModuleList(NormalityBank(bank_size) for _ in self.scales) for _ in self.layers)
         # Row 0 normal, row 1 anomalous.
         self.register_buffer("text_embeddings", torch.zeros(2, self.backbone.vit.num_classes if text_weight > 0 else 0))
         self.text_embeddings: torch.Tensor
         self.anomaly_map_generator = AnomalyMapGenerator(self.backbone.patch_size, sigma)
-        self.examples: Examples | None = None  # set it to keep normal images for explanations
         self._stored: list[list[torch.Tensor]] = [[] for _ in self.layers]
         self._grid: tuple[int, int] = (0, 0)
         self._checkpoint: dict[str, torch.Tensor] | None = None
@@ -194,42 +190,13 @@ class LAKEModel(nn.Module):
             raise RuntimeError(msg)
         tokens, grid = self.tokens(images)
         deviation = self.structural_deviation(tokens, grid)
-        # Ordinary patches deviate by less than 1. This map keeps the order, and 1 is reached only in the infinite.
+        # Ordinary patches deviate by less than 1. This map keeps the order and stays below 1.
         anomaly = deviation / (1 + deviation)
         if self.text_weight > 0:
             anomaly = torch.lerp(anomaly, self.semantic_activation(tokens[self.semantic_layer]), self.text_weight)
-        anomaly_map = self.anomaly_map_generator(anomaly.unflatten(1, grid), (images.shape[-2], images.shape[-1]))
+        patch_map = rearrange(anomaly, "b (h w) -> b h w", h=grid[0])
+        anomaly_map = self.anomaly_map_generator(patch_map, (images.shape[-2], images.shape[-1]))
         return InferenceBatch(pred_score=anomaly.amax(dim=1), anomaly_map=anomaly_map)
-
-    def explain(self, images: torch.Tensor, tokens: Tokens | None = None) -> list[Explanation]:
-        """Split the scores of images into neurons and text; see :func:`anomalib_lake.explanation.explain`.
-
-        Args:
-            images (torch.Tensor): Normalised images ``(B, 3, H, W)``.
-            tokens (Tokens | None): What the backbone gave for them, where that is at hand. Defaults to ``None``.
-
-        Returns:
-            list[Explanation]: One per image.
-        """
-        tokens = self.backbone(images) if tokens is None else tokens
-        return explain(self, tokens, (images.shape[-2], images.shape[-1]))
-
-    def figures(self, examples: Examples | None = None) -> dict[str, tuple[str, Any]]:
-        """Draw which neurons were chosen.
-
-        Args:
-            examples (Examples | None): Unused; SPG's counterpart shows example patches.
-
-        Returns:
-            dict[str, tuple[str, Figure]]: By a name fit for a file, the title and the matplotlib figure; none of
-            principal components.
-        """
-        from .figures import plot_neurons  # matplotlib takes its time
-
-        del examples
-        if self.neurons[0].selection == "pca":
-            return {}
-        return {"neurons": ("which neurons were chosen", plot_neurons(self))}
 
     def tokens(self, images: torch.Tensor) -> tuple[dict[int, torch.Tensor], tuple[int, int]]:
         """Compute raw patch tokens.
@@ -290,8 +257,6 @@ class LAKEModel(nn.Module):
             msg = f"Normal images must have one size: after {self._grid} patches came {grid}."
             raise ValueError(msg)
         self._grid = grid
-        if self.examples is not None:
-            self.examples.add(images, self.backbone.mean, self.backbone.std, self.num_stored)
         for layer, stored in zip(self.layers, self._stored, strict=True):
             stored.append(tokens[layer])
         return tokens[self.layers[-1]]

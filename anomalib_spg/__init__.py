@@ -13,19 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .datamodule import AuxiliaryTarget
-    from .explanation_visualizer import ExplanationVisualizer
+    from .explanations.visualizer import ExplanationVisualizer
     from .lightning_model import SPG
+    from .settings import GuideSettings
     from .torch_model import SPGModel
 
-__all__ = ["SPG", "AuxiliaryTarget", "ExplanationVisualizer", "SPGModel"]
+__all__ = ["SPG", "AuxiliaryTarget", "ExplanationVisualizer", "GuideSettings", "SPGModel"]
 
 # Where each public name lives. They are imported on first use: this package also holds the plugin hook, which is
 # imported while torch itself is still importing.
 _MODULES = {
     "SPG": "lightning_model",
     "SPGModel": "torch_model",
+    "GuideSettings": "settings",
     "AuxiliaryTarget": "datamodule",
-    "ExplanationVisualizer": "explanation_visualizer",
+    "ExplanationVisualizer": "explanations.visualizer",
 }
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the two stages need when several processes train together, each on its share of the images.
+"""Broadcast and all-reduce, for several processes that train together, each on its share of the images.
 
 Without a process group every function here leaves its argument as it is.
 """
@@ -16,7 +16,7 @@ def num_processes() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-def share(tensors: Iterable[torch.Tensor]) -> None:
+def broadcast(tensors: Iterable[torch.Tensor]) -> None:
     """Give every process the first one's tensors, in place.
 
     Args:
@@ -31,7 +31,7 @@ def average_processes(tensors: Iterable[torch.Tensor | None]) -> None:
     """Replace tensors, gradients for instance, by their mean over the processes, in place.
 
     Args:
-        tensors (Iterable[torch.Tensor | None]): The same shapes in every process; ``None`` is passed over.
+        tensors (Iterable[torch.Tensor | None]): The same shapes in every process; ``None`` is skipped.
     """
     processes = num_processes()
     if processes > 1:
@@ -42,7 +42,7 @@ def average_processes(tensors: Iterable[torch.Tensor | None]) -> None:
 
 
 def any_process(mask: torch.Tensor) -> torch.Tensor:
-    """Combine a boolean mask over the processes by "or".
+    """All-reduce a boolean mask by "or".
 
     Args:
         mask (torch.Tensor): Boolean mask of the same shape in every process.

@@ -4,22 +4,24 @@
 
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from anomalib.models.components import DynamicBufferMixin
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from einops import rearrange
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from .distributed import average_processes, num_processes, share
+from .components.anomaly_map import to_pixels
+from .components.files import load_tensors, save_tensors
+from .distributed import average_processes, broadcast, num_processes
 from .losses import dice_loss, focal_loss
+from .settings import GuideSettings
+from .token_store import TokenStore
 
 logger = logging.getLogger(__name__)
 
@@ -135,22 +137,6 @@ def anomaly_probability(
     return torch.sigmoid((tokens @ direction) / (tokens.norm(dim=-1).clamp(min=1e-8) * temperature))
 
 
-def to_pixels(patch_map: torch.Tensor, patch_size: int, image_size: tuple[int, int]) -> torch.Tensor:
-    """Upsample a map over patches bilinearly to the pixels the patches cover, and cut off what was padded.
-
-    Args:
-        patch_map (torch.Tensor): Map ``(B, h, w)``.
-        patch_size (int): Side of a patch in pixels.
-        image_size (tuple[int, int]): Height and width of the image.
-
-    Returns:
-        torch.Tensor: Map ``(B, H, W)``.
-    """
-    height, width = patch_map.shape[-2] * patch_size, patch_map.shape[-1] * patch_size
-    pixels = F.interpolate(patch_map[:, None], (height, width), mode="bilinear", align_corners=False)[:, 0]
-    return pixels[:, : image_size[0], : image_size[1]]
-
-
 class _Coefficients(nn.Module):
     """The learnable side of the guides; a module of its own so that an average of it can be kept."""
 
@@ -188,55 +174,42 @@ def train_guides(
     guides: Guides,
     dictionary: torch.Tensor | None,
     alive: torch.Tensor | None,
-    patches: Sequence[torch.Tensor],
-    pooled: Sequence[torch.Tensor],
-    masks: Sequence[torch.Tensor],
-    labels: Sequence[bool],
-    grid: tuple[int, int],
+    store: TokenStore,
+    layer: int,
     patch_size: int,
+    settings: GuideSettings,
     temperature: float = 0.07,
-    epochs: int = 15,
     batch_size: int = 8,
     learning_rate: float = 1e-2,
-    sparsity: float = 1e-3,
-    top_k: int | None = None,
-    ema_decay: float = 0.999,
-    ema_warmup: bool = False,
     log: Callable[[dict[str, float]], None] = lambda _: None,
     description: str = "guides",
 ) -> None:
-    """Learn the four guides on cached tokens and masks.
+    """Learn the four guides on stored tokens and masks.
 
-    Where processes train together, each on its own images, gradients are averaged: all end with the same guides.
+    Where several processes train together, each on its own images, gradients are averaged: all end with the same
+    guides.
 
     Args:
         guides (Guides): Receives the result.
         dictionary (torch.Tensor | None): Unit-norm atoms ``(C, D)``, on the device to train on. ``None`` learns free
             vectors instead, without sparsity: the control that shows what the dictionary brings (ours).
         alive (torch.Tensor | None): Boolean mask ``(C,)`` of the atoms that may be used.
-        patches (Sequence[torch.Tensor]): Patch tokens ``(N, D)`` of each image.
-        pooled (Sequence[torch.Tensor]): Pooled token ``(D,)`` of each image.
-        masks (Sequence[torch.Tensor]): Anomaly mask ``(H, W)`` of each image.
-        labels (Sequence[bool]): Whether each image is anomalous.
-        grid (tuple[int, int]): Rows and columns of patches.
+        store (TokenStore): Tokens, masks and labels of the training images.
+        layer (int): Which of the stored layers to learn from.
         patch_size (int): Side of a patch in pixels.
+        settings (GuideSettings): Epochs, sparsity and moving average.
         temperature (float): Softmax temperature of the local guides. Defaults to 0.07 (paper).
-        epochs (int): Passes over the images. Defaults to 15 (paper).
         batch_size (int): Images per step, over all processes. Defaults to 8 (paper).
         learning_rate (float): Adam's step size. Defaults to 1e-2 (paper).
-        sparsity (float): Weight of the guides' mean L1 norm. Defaults to 1e-3 (paper).
-        top_k (int | None): Keep only that many coefficients per guide. Defaults to ``None`` (paper).
-        ema_decay (float): Decay of the moving average that is kept. Defaults to 0.999 (paper). 0 keeps the last step.
-        ema_warmup (bool): Let the decay rise as ``(1 + t) / (10 + t)`` up to ``ema_decay``, so that few steps are
-            enough (ours). ``False`` is the published behaviour, whose average starts at the first step's guides and
-            still weighs them 71 % after 345 steps.
         log (Callable): Receives the mean losses after every epoch.
         description (str): Name shown beside the progress bar.
 
     Raises:
-        ValueError: If no atom is alive or ``top_k`` exceeds the living atoms.
+        ValueError: If no atom is alive, or ``guide_top_k`` exceeds the living atoms.
     """
     device = guides.vectors.device
+    patches, pooled, masks = store.patches[layer], store.pooled[layer], store.masks
+    sparsity, top_k = settings.sparsity, settings.guide_top_k
     if dictionary is None or alive is None:
         atoms = torch.eye(guides.vectors.shape[1], device=device)
         mean = torch.stack([tokens.float().mean(dim=0) for tokens in patches]).mean(dim=0)
@@ -252,20 +225,20 @@ def train_guides(
             raise ValueError(msg)
         atoms = dictionary.detach()[atom_indices]
         coefficients = _Coefficients(len(atoms), top_k).to(device)
-    share(coefficients.parameters())
+    broadcast(coefficients.parameters())
     batch_size = max(1, batch_size // num_processes())
-    decay = ema_decay
 
     def average(kept: torch.Tensor, new: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-        weight = torch.clamp((1 + step) / (10 + step), max=decay) if ema_warmup else decay
+        decay = settings.ema_decay
+        weight = torch.clamp((1 + step) / (10 + step), max=decay) if settings.ema_warmup else decay
         return torch.lerp(new, kept, torch.as_tensor(weight, dtype=new.dtype, device=new.device))
 
     averaged = AveragedModel(coefficients, avg_fn=average)  # its first update copies
     optimizer = torch.optim.Adam(coefficients.parameters(), lr=learning_rate, betas=(0.5, 0.999))
-    targets = torch.tensor(labels, dtype=torch.long, device=device)
-    size = tuple(masks[0].shape)
+    targets = torch.tensor(store.labels, dtype=torch.long, device=device)
+    size = (masks[0].shape[0], masks[0].shape[1])
 
-    with tqdm(range(epochs), desc=description, unit="epoch") as progress:
+    with tqdm(range(settings.guide_epochs), desc=description, unit="epoch") as progress:
         for _ in progress:
             totals = torch.zeros(3, device=device)
             for batch in torch.randperm(len(patches)).split(batch_size):
@@ -277,7 +250,7 @@ def train_guides(
                 cosines = F.normalize(cls, dim=1) @ F.normalize(vectors[:2], dim=1).T
                 detection = F.cross_entropy(cosines, targets[batch.to(device)])
                 local = anomaly_probability(x, vectors[2], vectors[3], temperature)
-                p_anomaly = to_pixels(local.view(-1, *grid), patch_size, size)
+                p_anomaly = to_pixels(rearrange(local, "b (h w) -> b h w", h=store.grid[0]), patch_size, size)
                 segmentation = focal_loss(p_anomaly, mask) + dice_loss(p_anomaly, mask)
                 l1 = sparsity * weights.sum(dim=1).mean()
                 optimizer.zero_grad()
@@ -320,21 +293,14 @@ def save_guides(path: str | Path, guides: Sequence[Guides], metadata: dict[str, 
     """
     path = Path(path)
     tensors = {
-        f"{layer}.{name}": tensor.detach().cpu().contiguous()
-        for layer, guide in enumerate(guides)
-        for name, tensor in guide.named_buffers()
+        f"{layer}.{name}": tensor for layer, guide in enumerate(guides) for name, tensor in guide.named_buffers()
     }
     header = {"format": FILE_FORMAT, "version": FILE_VERSION, **{k: json.dumps(v) for k, v in metadata.items()}}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(save(tensors, metadata=header))
-        temporary.replace(path)
+        save_tensors(path, tensors, header)
     except OSError as exception:
         msg = f"Could not save the guides to '{path}': {exception.strerror or exception}. Make room."
         raise OSError(msg) from exception
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -351,10 +317,8 @@ def read_guides(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, An
         ValueError: If there is no such file, it is unreadable, or it is not a guides file.
     """
     try:
-        with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-    except (OSError, SafetensorError) as exception:
+        tensors, header = load_tensors(path)
+    except OSError as exception:
         msg = (
             f"Cannot read the guides file '{path}': {exception}. It is the .safetensors file that training SPG leaves."
         )

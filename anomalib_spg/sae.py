@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
-from .distributed import any_process, average_processes, num_processes, share
+from .distributed import any_process, average_processes, broadcast, num_processes
 
 FIRE_THRESHOLD = 1e-3  # an atom counts as fired above this activation (paper)
 
@@ -210,7 +210,7 @@ def train_sae(
         torch.Tensor: Boolean mask ``(C,)`` of the atoms that fire at least once over all tokens.
     """
     device = sae.dictionary.device
-    share(sae.parameters())
+    broadcast(sae.parameters())
     batch_size = max(1, batch_size // num_processes())
     optimizer = torch.optim.Adam(sae.parameters(), lr=learning_rate, betas=(0.5, 0.999), fused=True)
     with tqdm(range(epochs), desc=description, unit="epoch") as progress:

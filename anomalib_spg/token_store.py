@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 
-from .backbone import Tokens
+from .components.backbone import Backbone, Tokens
+from .components.files import load_tensors, save_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +34,7 @@ class TokenStore:
         folder (str | Path | None): Folder to write below. ``None`` keeps everything in memory. Defaults to ``None``.
         identity (dict[str, Any] | None): Plain data that tells these tokens from others: backbone, layers, image size,
             data. It names the folder's subfolder. Defaults to ``None``.
+        memory_limit (float): Most memory to take, in GiB, where everything is kept there. Defaults to 16 (ours).
 
     Attributes:
         patches (list[list[torch.Tensor]]): Patch tokens ``(N, D)`` of every image, by layer.
@@ -52,8 +52,14 @@ class TokenStore:
         (2, torch.Size([6, 4]), torch.float16)
     """
 
-    def __init__(self, folder: str | Path | None = None, identity: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        identity: dict[str, Any] | None = None,
+        memory_limit: float = 16.0,
+    ) -> None:
         self._forget()
+        self.memory_limit = memory_limit
         self.path: Path | None = None
         if folder is None:
             return
@@ -64,6 +70,62 @@ class TokenStore:
             unfinished.unlink()
         for file in sorted(self.path.glob("*.safetensors")):
             self._restore(file)
+
+    @classmethod
+    def fitting(
+        cls,
+        backbone: Backbone,
+        num_images: int,
+        image_size: tuple[int, int],
+        memory_limit: float = 16.0,
+        folder: str | Path | None = None,
+        identity: dict[str, Any] | None = None,
+    ) -> "TokenStore":
+        """Open a store that holds the tokens of so many images: in memory if they fit, else on disk.
+
+        Args:
+            backbone (Backbone): Backbone whose tokens will be stored.
+            num_images (int): Images, or drawn views of images.
+            image_size (tuple[int, int]): Their height and width.
+            memory_limit (float): Most memory to take, in GiB. Defaults to 16 (ours).
+            folder (str | Path | None): Folder for what needs more. ``None`` refuses instead. Defaults to ``None``.
+            identity (dict[str, Any] | None): See the class.
+
+        Returns:
+            TokenStore: The store, with what an interrupted run left there.
+
+        Raises:
+            MemoryError: If they need more than the memory limit and there is no folder.
+            OSError: If the disk of that folder is too small for them.
+        """
+        need = memory_need(backbone, num_images, image_size)
+        store = cls(memory_limit=memory_limit)
+        if folder is None or need <= memory_limit * GIB:
+            store.check_memory(backbone, num_images, image_size)
+            return store
+        store = cls(folder, identity, memory_limit)
+        check_space(folder, need * max(0, num_images - len(store)) // max(1, num_images))
+        return store
+
+    def check_memory(self, backbone: Backbone, num_images: int, image_size: tuple[int, int]) -> None:
+        """Refuse what does not fit ``memory_limit``; on disk everything does.
+
+        Args:
+            backbone (Backbone): Backbone whose tokens are stored.
+            num_images (int): Images, or drawn views of images.
+            image_size (tuple[int, int]): Their height and width.
+
+        Raises:
+            MemoryError: If it does not fit; the message says how much is needed.
+        """
+        need = memory_need(backbone, num_images, image_size) / GIB
+        if self.path is None and need > self.memory_limit:
+            msg = (
+                f"The tokens of {num_images} images of {image_size[0]}x{image_size[1]} need {need:.2f} GiB of memory, "
+                f"memory_limit is {self.memory_limit} GiB. Raise it if there is more, keep them on disk with "
+                "tokens_dir, or use fewer images, views or layers, or a smaller image_size."
+            )
+            raise MemoryError(msg)
 
     def __len__(self) -> int:
         """Number of images."""
@@ -96,8 +158,15 @@ class TokenStore:
             tensors |= {f"patches.{layer}": patches.half().cpu(), f"pooled.{layer}": pooled.half().cpu()}
         if self.path is not None:
             file = self.path / f"{self._files:06}.safetensors"
-            self._write(file, tensors, {"grid": json.dumps(tokens.grid), "names": json.dumps(list(names or []))})
-            tensors = load_file(file)
+            try:
+                save_tensors(file, tensors, {"grid": json.dumps(tokens.grid), "names": json.dumps(list(names or []))})
+                tensors, _ = load_tensors(file)
+            except OSError as exception:
+                msg = (
+                    f"Could not store tokens in '{file.parent}': {exception}. Make room and run the same command "
+                    "again; it goes on where it stopped. tokens_dir puts them on another disk."
+                )
+                raise OSError(msg) from exception
             _release_memory()
         self._append(tensors, tokens.grid)
 
@@ -131,33 +200,40 @@ class TokenStore:
         self.grid = (grid[0], grid[1])
         self._files += 1
 
-    @staticmethod
-    def _write(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-        temporary = file.with_suffix(".tmp")
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-            temporary.replace(file)
-        except (OSError, SafetensorError) as exception:
-            temporary.unlink(missing_ok=True)
-            msg = (
-                f"Could not store tokens in '{file.parent}': {exception}. Make room and run the same command again; it "
-                "goes on where it stopped. tokens_dir puts them on another disk."
-            )
-            raise OSError(msg) from exception
-
     def _restore(self, file: Path) -> None:
         number = int(file.stem)
         try:
-            with safe_open(str(file), framework="pt") as opened:
-                metadata = opened.metadata()
-            tensors = load_file(file)
-        except (OSError, SafetensorError) as exception:
-            logger.warning("Cannot read the tokens in '%s' (%s); their images are passed again.", file, exception)
+            tensors, header = load_tensors(file)
+        except OSError as exception:
+            logger.warning(
+                "Cannot read the tokens in '%s' (%s); their images go through the backbone again.", file, exception
+            )
             file.unlink(missing_ok=True)
             return
-        self._append(tensors, json.loads(metadata["grid"]))
+        self._append(tensors, json.loads(header["grid"]))
         self._files = number + 1
-        self.restored.update(json.loads(metadata["names"]))
+        self.restored.update(json.loads(header["names"]))
+
+
+def memory_need(backbone: Backbone, num_images: int, image_size: tuple[int, int]) -> int:
+    """Bytes that storing so many images takes: half-precision tokens of every layer, and a byte per mask pixel.
+
+    Args:
+        backbone (Backbone): Backbone whose tokens are stored.
+        num_images (int): Images, or drawn views of images.
+        image_size (tuple[int, int]): Their height and width.
+
+    Returns:
+        int: Bytes.
+
+    Example:
+        >>> backbone = Backbone("vit_tiny_patch16_224", pre_trained=False)
+        >>> memory_need(backbone, 1, (224, 224)) == 197 * 192 * 2 + 224 * 224
+        True
+    """
+    height, width = image_size
+    tokens = -(-height // backbone.patch_size) * -(-width // backbone.patch_size) + 1
+    return num_images * (len(backbone.layers) * tokens * backbone.embed_dim * 2 + height * width)
 
 
 def _release_memory() -> None:

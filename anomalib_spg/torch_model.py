@@ -9,21 +9,23 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from anomalib.data import InferenceBatch
+from einops import rearrange
 from torch import nn
 
-from .anomaly_map import AnomalyMapGenerator
-from .backbone import DEFAULT_BACKBONE, Backbone, Tokens
+from .components.anomaly_map import AnomalyMapGenerator
+from .components.backbone import DEFAULT_BACKBONE, Backbone
 from .distributed import any_process
-from .examples import Examples
-from .explanation import Explanation, explain
 from .guides import Guides, read_guides, save_guides, train_guides
 from .sae import TopKSAE, train_sae
-from .token_store import GIB, TokenStore
+from .settings import GuideSettings
+from .token_store import TokenStore
 
 logger = logging.getLogger(__name__)
 
@@ -43,17 +45,7 @@ class SPGModel(nn.Module):
         weights (str | Path | None): Local weights file used instead of timm's hub. Defaults to ``None``.
         image_size (tuple[int, int] | None): Height and width images are expected to have. Others work, slightly slower.
             Defaults to ``None``: that of the guides file, else the size the weights were trained with.
-        guides (str | Path | None): Guides file to use; nothing is left to learn then. Defaults to ``None``.
-        dictionary (bool): Write the guides in a dictionary's atoms (paper). ``False`` learns free vectors and no
-            dictionary: the control. Defaults to ``True``.
-        num_atoms (int): Dictionary size C. Defaults to 4096 (paper).
-        k (int): Atoms per token. Defaults to 32 (paper).
-        sae_epochs (int): Epochs of stage 1. Defaults to 50 (paper).
-        guide_epochs (int): Epochs of stage 2. Defaults to 15 (paper).
-        guide_top_k (int | None): Atoms per guide; ``None`` leaves it to the L1 penalty (paper). Defaults to ``None``.
-        sparsity (float): Weight of the guides' mean L1 norm. Defaults to 1e-3 (paper).
-        ema_decay (float): Decay of the guides' moving average. Defaults to 0.999 (paper).
-        ema_warmup (bool): Let that decay rise from low values, for small data (ours). Defaults to ``False`` (paper).
+        guides_file (str | Path | None): Guides to use; nothing is left to learn then. Defaults to ``None``.
         temperature (float | None): Softmax temperature. ``None`` is that of the guides file, else 0.07 (paper).
         sigma (float): Gaussian smoothing of the map in pixels; 0 for none. Defaults to 4 (paper).
         image_score (str): How the map becomes a score: its maximum (``"max"``, paper), the mean of its top
@@ -61,18 +53,22 @@ class SPGModel(nn.Module):
         top_fraction (float): Share of pixels for ``"top"``. Defaults to 0.01.
         cls_weight (float): Weight of the score by the pooled token against that of the map, in [0, 1]. 1 is the
             published CLS score. Defaults to 0 (paper).
-        memory_limit (float): Most memory the stored tokens and masks may take, in GiB. Defaults to 16 (ours).
+
+    Attributes:
+        guides (nn.ModuleList): The guides of each layer.
+        store (TokenStore): Where training images' tokens go; replace it before training to keep them elsewhere.
+        settings (dict[str, Any]): What the guides were learned with, as :class:`GuideSettings` names it.
+        seconds (dict[str, float]): Time spent in the backbone, the dictionary and the guides.
 
     Raises:
         ValueError: If an argument is out of range, or the guides file belongs to another backbone or layer.
 
     Example:
-        >>> model = SPGModel("vit_tiny_patch16_224", layers=[5], pre_trained=False, num_atoms=64, k=8,
-        ...                  sae_epochs=1, guide_epochs=1)
+        >>> model = SPGModel("vit_tiny_patch16_224", layers=[5], pre_trained=False)
         >>> masks = torch.zeros(4, 64, 64)
         >>> masks[:2, :32, :32] = 1
         >>> _ = model.train()(torch.randn(4, 3, 64, 64), masks)
-        >>> model.fit()
+        >>> model.fit(GuideSettings(num_atoms=64, k=8, sae_epochs=1, guide_epochs=1))
         >>> batch = model.eval()(torch.randn(2, 3, 64, 64))
         >>> batch.anomaly_map.shape, batch.pred_score.shape
         (torch.Size([2, 1, 64, 64]), torch.Size([2]))
@@ -85,33 +81,14 @@ class SPGModel(nn.Module):
         pre_trained: bool = True,
         weights: str | Path | None = None,
         image_size: tuple[int, int] | None = None,
-        guides: str | Path | None = None,
-        dictionary: bool = True,
-        num_atoms: int = 4096,
-        k: int = 32,
-        sae_epochs: int = 50,
-        guide_epochs: int = 15,
-        guide_top_k: int | None = None,
-        sparsity: float = 1e-3,
-        ema_decay: float = 0.999,
-        ema_warmup: bool = False,
+        guides_file: str | Path | None = None,
         temperature: float | None = None,
         sigma: float = 4.0,
         image_score: Literal["max", "top", "lse"] = "max",
         top_fraction: float = 0.01,
         cls_weight: float = 0.0,
-        memory_limit: float = 16.0,
     ) -> None:
         super().__init__()
-        if not 1 <= k <= num_atoms:
-            msg = f"k={k} atoms per token must lie between 1 and num_atoms={num_atoms}."
-            raise ValueError(msg)
-        if guide_top_k is not None and not 1 <= guide_top_k <= num_atoms:
-            msg = f"guide_top_k={guide_top_k} must lie between 1 and num_atoms={num_atoms}."
-            raise ValueError(msg)
-        if guide_top_k is not None and not dictionary:
-            msg = f"guide_top_k={guide_top_k} chooses atoms, and dictionary=False has none. Leave one of them out."
-            raise ValueError(msg)
         if image_score not in {"max", "top", "lse"}:
             msg = f"image_score='{image_score}' is unknown; choose 'max', 'top' or 'lse'."
             raise ValueError(msg)
@@ -120,7 +97,7 @@ class SPGModel(nn.Module):
                 msg = f"{name}={value} must lie in [0, 1]."
                 raise ValueError(msg)
 
-        tensors, stored = read_guides(guides) if guides is not None else ({}, {})
+        tensors, stored = read_guides(guides_file) if guides_file is not None else ({}, {})
         self.backbone = Backbone(
             name=backbone or stored.get("backbone", DEFAULT_BACKBONE),
             layers=layers if layers is not None else stored.get("layers"),
@@ -129,83 +106,34 @@ class SPGModel(nn.Module):
             image_size=image_size or stored.get("image_size"),
         )
         self.temperature = temperature or stored.get("temperature", 0.07)
-        self.dictionary = dictionary
-        self.num_atoms = num_atoms
-        self.k = k
-        self.sae_epochs = sae_epochs
-        self.guide_epochs = guide_epochs
-        self.guide_top_k = guide_top_k
-        self.sparsity = sparsity
-        self.ema_decay = ema_decay
-        self.ema_warmup = ema_warmup
         self.image_score = image_score
         self.top_fraction = top_fraction
         self.cls_weight = cls_weight
-        self.memory_limit = memory_limit
         self.anomaly_map_generator = AnomalyMapGenerator(self.backbone.patch_size, sigma)
 
         self.guides = nn.ModuleList(Guides(self.backbone.embed_dim) for _ in self.backbone.layers)
-        if guides is not None:
+        if guides_file is not None:
             for name, own in (("backbone", self.backbone.name), ("layers", self.backbone.layers)):
                 if stored.get(name) != own:
                     msg = (
-                        f"The guides in '{guides}' were learned with {name}={stored.get(name)}, this model has "
+                        f"The guides in '{guides_file}' were learned with {name}={stored.get(name)}, this model has "
                         f"{name}={own}. Leave {name} out to take the file's, or use guides learned for it."
                     )
                     raise ValueError(msg)
             try:
                 self.guides.load_state_dict(tensors)
             except RuntimeError as exception:
-                msg = f"The guides file '{guides}' is damaged or of another backbone: {exception}"
+                msg = f"The guides file '{guides_file}' is damaged or of another backbone: {exception}"
                 raise ValueError(msg) from exception
 
         self.store = TokenStore()
-        self.examples: Examples | None = None  # set it to keep training images for explanations
+        self.settings: dict[str, Any] = stored.get("settings", {})
         self.seconds: dict[str, float] = {"backbone": 0.0, "sae": 0.0, "guides": 0.0}
 
     @property
     def is_fitted(self) -> bool:
         """Whether there are guides, learned or from a file."""
         return all(len(guides.atoms) > 0 for guides in self.guides)
-
-    def memory_need(self, num_images: int, image_size: tuple[int, int]) -> int:
-        """Bytes that storing so many images takes: half-precision tokens of every layer, and a byte per mask pixel.
-
-        Args:
-            num_images (int): Images, or drawn views of images.
-            image_size (tuple[int, int]): Their height and width.
-
-        Returns:
-            int: Bytes.
-
-        Example:
-            >>> model = SPGModel("vit_tiny_patch16_224", pre_trained=False)
-            >>> model.memory_need(1, (224, 224)) == 197 * 192 * 2 + 224 * 224
-            True
-        """
-        height, width = image_size
-        patch = self.backbone.patch_size
-        tokens = -(-height // patch) * -(-width // patch) + 1
-        return num_images * (len(self.guides) * tokens * self.backbone.embed_dim * 2 + height * width)
-
-    def check_memory(self, num_images: int, image_size: tuple[int, int]) -> None:
-        """Refuse what does not fit ``memory_limit``.
-
-        Args:
-            num_images (int): Images, or drawn views of images.
-            image_size (tuple[int, int]): Their height and width.
-
-        Raises:
-            MemoryError: If it does not fit; the message says how much is needed.
-        """
-        need = self.memory_need(num_images, image_size) / GIB
-        if need > self.memory_limit:
-            msg = (
-                f"The tokens of {num_images} images of {image_size[0]}x{image_size[1]} need {need:.2f} GiB of memory, "
-                f"memory_limit is {self.memory_limit} GiB. Raise it if there is more, keep them on disk with "
-                "tokens_dir, or use fewer images, views or layers, or a smaller image_size."
-            )
-            raise MemoryError(msg)
 
     def forward(
         self,
@@ -236,13 +164,13 @@ class SPGModel(nn.Module):
             return self._store(images, masks, labels, names, size)
         tokens = self.backbone(images)
         if not torch.compiler.is_compiling() and not self.is_fitted:
-            msg = "SPG has no guides yet. Train it, or give a guides file: SPG(guides=<file>)."
+            msg = "SPG has no guides yet. Train it, or give a guides file: SPG(guides_file=<file>)."
             raise RuntimeError(msg)
         probability = torch.stack([
             guides.local_probability(patches, self.temperature)
             for guides, patches in zip(self.guides, tokens.patches, strict=True)
         ]).mean(dim=0)
-        anomaly_map = self.anomaly_map_generator(probability.view(-1, *tokens.grid), size)
+        anomaly_map = self.anomaly_map_generator(rearrange(probability, "b (h w) -> b h w", h=tokens.grid[0]), size)
         score = self.score(anomaly_map.flatten(1))
         if self.cls_weight > 0:
             cls = torch.stack([
@@ -251,35 +179,6 @@ class SPGModel(nn.Module):
             ]).mean(dim=0)
             score = torch.lerp(score, cls, self.cls_weight)
         return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
-
-    def explain(self, images: torch.Tensor, tokens: Tokens | None = None) -> list[Explanation]:
-        """Split the scores of images into atoms; see :func:`anomalib_spg.explanation.explain`.
-
-        Args:
-            images (torch.Tensor): Normalised images ``(B, 3, H, W)``.
-            tokens (Tokens | None): What the backbone gave for them, where that is at hand. Defaults to ``None``.
-
-        Returns:
-            list[Explanation]: One per image.
-        """
-        tokens = self.backbone(images) if tokens is None else tokens
-        return explain(self, tokens, (images.shape[-2], images.shape[-1]))
-
-    def figures(self, examples: Examples | None = None) -> dict[str, tuple[str, Any]]:
-        """Draw what the guides look for.
-
-        Args:
-            examples (Examples | None): Training images to take example patches from. Defaults to ``None``.
-
-        Returns:
-            dict[str, tuple[str, Figure]]: By a name fit for a file, the title and the matplotlib figure of each layer.
-        """
-        from .figures import plot_guides  # matplotlib takes its time
-
-        return {
-            f"guides_block{block}": (f"what the guides of block {block} look for", plot_guides(guides, block, examples))
-            for block, guides in zip(self.backbone.layers, self.guides, strict=True)
-        }
 
     def score(self, pixels: torch.Tensor) -> torch.Tensor:
         """Compute image scores from maps, as ``image_score`` says.
@@ -311,27 +210,33 @@ class SPGModel(nn.Module):
                 f"SPG learns from images with masks of their size: for images {tuple(images.shape)} there are {found}."
             )
             raise ValueError(msg)
-        if self.store.path is None:
-            self.check_memory(len(self.store) + len(images), size)
+        self.store.check_memory(self.backbone, len(self.store) + len(images), size)
         start = time.perf_counter()
         tokens = self.backbone(images)
-        if self.examples is not None:
-            self.examples.add(images, self.backbone.mean, self.backbone.std, len(self.store), names)
         self.store.add(tokens, masks, (masks.flatten(1).any(dim=1) if labels is None else labels).tolist(), names)
         self.seconds["backbone"] += time.perf_counter() - start
         return tokens.patches[-1]
 
-    def fit(self, log: Callable[[dict[str, float], int], None] = lambda *_: None) -> None:
+    def fit(
+        self,
+        settings: GuideSettings | None = None,
+        log: Callable[[dict[str, float], int], None] = lambda *_: None,
+        learned: Callable[[int, Guides, list[torch.Tensor]], None] = lambda *_: None,
+    ) -> None:
         """Learn dictionary and guides from the stored tokens, layer by layer, and forget the tokens.
 
         Files of tokens on disk stay until :meth:`TokenStore.clear`, so that they survive what comes next.
 
         Args:
+            settings (GuideSettings | None): Settings of the two stages. ``None`` takes the published ones.
             log (Callable): Receives losses by name and the epoch they belong to.
+            learned (Callable): Told of every layer when it is done: its block, its guides, and the patch tokens
+                ``(N, D)`` of every training image, which are forgotten afterwards.
 
         Raises:
             ValueError: If nothing was stored, or no image, or every image, is anomalous.
         """
+        settings = settings or GuideSettings()
         store = self.store
         if not len(store):
             msg = "SPG has no training images to learn from. Is the training set empty?"
@@ -349,36 +254,29 @@ class SPGModel(nn.Module):
                 start = time.perf_counter()
                 recorder = _EpochLog(log, f"block{block}")
                 atoms = alive = None
-                if self.dictionary:
-                    sae = TopKSAE(self.backbone.embed_dim, self.num_atoms, self.k).to(device)
+                if settings.dictionary:
+                    sae = TopKSAE(self.backbone.embed_dim, settings.num_atoms, settings.k).to(device)
                     name = f"dictionary, block {block}"
-                    alive = train_sae(sae, store.patches[layer], self.sae_epochs, log=recorder, description=name)
+                    alive = train_sae(sae, store.patches[layer], settings.sae_epochs, log=recorder, description=name)
                     atoms = sae.dictionary.detach()
                 middle = time.perf_counter()
                 train_guides(
                     self.guides[layer],
                     atoms,
                     alive,
-                    store.patches[layer],
-                    store.pooled[layer],
-                    store.masks,
-                    store.labels,
-                    store.grid,
+                    store,
+                    layer,
                     self.backbone.patch_size,
-                    temperature=self.temperature,
-                    epochs=self.guide_epochs,
-                    sparsity=self.sparsity,
-                    top_k=self.guide_top_k,
-                    ema_decay=self.ema_decay,
-                    ema_warmup=self.ema_warmup,
+                    settings,
+                    self.temperature,
                     log=_EpochLog(log, f"block{block}"),
                     description=f"guides, block {block}",
                 )
-                if self.examples is not None:
-                    self.examples.find(block, self.guides[layer], store.patches[layer])
+                learned(block, self.guides[layer], store.patches[layer])
                 store.patches[layer], store.pooled[layer] = [], []
                 self.seconds["sae"] += middle - start
                 self.seconds["guides"] += time.perf_counter() - middle
+        self.settings = asdict(settings)
         if store.path is None:
             store.clear()
 
@@ -400,8 +298,6 @@ class SPGModel(nn.Module):
         Returns:
             dict[str, Any]: Backbone, layers, image size, temperature, image statistics, settings and versions.
         """
-        from importlib.metadata import version
-
         return {
             "backbone": self.backbone.name,
             "layers": self.backbone.layers,
@@ -409,17 +305,7 @@ class SPGModel(nn.Module):
             "temperature": self.temperature,
             "mean": self.backbone.mean,
             "std": self.backbone.std,
-            "settings": {
-                "dictionary": self.dictionary,
-                "num_atoms": self.num_atoms,
-                "k": self.k,
-                "sae_epochs": self.sae_epochs,
-                "guide_epochs": self.guide_epochs,
-                "guide_top_k": self.guide_top_k,
-                "sparsity": self.sparsity,
-                "ema_decay": self.ema_decay,
-                "ema_warmup": self.ema_warmup,
-            },
+            "settings": self.settings,
             "versions": {name: version(name) for name in ("anomalib", "timm", "torch")},
         }
 

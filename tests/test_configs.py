@@ -15,8 +15,8 @@ from jsonargparse import ArgumentParser
 
 from anomalib_lake import LAKE
 from anomalib_spg import SPG, AuxiliaryTarget
-from anomalib_spg.benchmark import BenchmarkJob, BenchmarkJobGenerator
-from tests.conftest import REPOSITORY
+from anomalib_spg.benchmark.pipeline import BenchmarkJob, BenchmarkJobGenerator
+from tests.helpers import REPOSITORY
 
 CONFIGS = REPOSITORY / "configs"
 TRAIN = sorted(CONFIGS.glob("*.yaml"))
@@ -117,7 +117,7 @@ def test_command_and_list(path: Path) -> None:
 
 def test_backbones_are_the_published_ones() -> None:
     """The four of the paper, in both directions, at its image sizes."""
-    from anomalib_spg.backbone import default_image_size
+    from anomalib_spg.components.backbone import default_image_size
 
     expected = {
         "vit_large_patch16_dinov3.lvd1689m": 448,

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY, run_command
-from tests.spg.test_plugin import FIND
+from tests.helpers import FIND, REPOSITORY, run_command
 
 
 @pytest.fixture

@@ -27,10 +27,11 @@ from anomalib.metrics.aupro import _AUPRO as AUPRO
 from sklearn.metrics import average_precision_score, roc_auc_score
 from tqdm import tqdm
 
-from anomalib_spg import SPGModel
-from anomalib_spg.backbone import Tokens
+from anomalib_spg import GuideSettings, SPGModel
+from anomalib_spg.components.backbone import Tokens
 from anomalib_spg.quickstart import BACKBONE
 from anomalib_spg.synthesis import AnomalySynthesizer
+from anomalib_spg.token_store import TokenStore
 from tests.benchmarks.lake_accuracy import BLOCKS, GRID, Source, anomaly_dino, backbone, lake, patchcore, read, tokens
 from tests.textures import CATEGORIES, VISA_CATEGORIES, make_mvtec, make_visa
 
@@ -90,14 +91,13 @@ def collect(data: Path, cache: Path) -> dict[str, dict[str, Category]]:
 def learn(categories: list[Category], seed: int, block: int = BLOCK, drawn: bool = False, **options) -> SPGModel:
     """SPG's own training, on labelled test images or on anomalies drawn on training images."""
     torch.manual_seed(seed)
-    model = SPGModel(
-        BACKBONE, layers=[block], pre_trained=False, image_size=(448, 448), memory_limit=64, **{**SMALL, **options}
-    )
+    model = SPGModel(BACKBONE, layers=[block], pre_trained=False, image_size=(448, 448))
+    model.store = TokenStore(memory_limit=64)
     for category in categories:
         images, masks = (category.drawn, category.drawn_masks) if drawn else (category.test, category.masks)
         patches = torch.stack([category.norm(image.float()) for image in images[:, BLOCKS.index(block)]])
         model.store.add(Tokens([patches], [patches.mean(dim=1)], GRID), masks, masks.flatten(1).any(dim=1).tolist())
-    model.fit()
+    model.fit(GuideSettings(**{**SMALL, **options}))
     return model
 
 

@@ -29,11 +29,14 @@ from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
 from anomalib_lake import LAKEModel
+from anomalib_lake.explain import explain as explain_lake
 from anomalib_spg import SPGModel
-from anomalib_spg.backbone import Tokens
-from anomalib_spg.examples import Examples, to_picture
-from anomalib_spg.figures import plot_explanation
-from anomalib_spg.pre_processor import default_pre_processor
+from anomalib_spg.components.backbone import Tokens
+from anomalib_spg.components.pre_processor import default_pre_processor
+from anomalib_spg.explain import explain as explain_spg
+from anomalib_spg.explanations.examples import Examples, to_picture
+from anomalib_spg.explanations.explanation import Explanation
+from anomalib_spg.explanations.figures import plot_explanation
 from anomalib_spg.quickstart import BACKBONE
 
 
@@ -58,6 +61,11 @@ def remove_neurons(neurons: nn.ModuleList, banks: nn.ModuleList, parts: torch.Te
         for bank in of_scales:
             bank.tokens = F.normalize(bank.tokens[:, kept], dim=1)
         start = stop
+
+
+def explain(model: SPGModel | LAKEModel, tokens: Tokens, size: tuple[int, int]) -> list[Explanation]:
+    """Explain images whose tokens are at hand."""
+    return (explain_spg if isinstance(model, SPGModel) else explain_lake)(model, tokens, size)
 
 
 @torch.no_grad()
@@ -116,7 +124,7 @@ def faithfulness(
     generator = torch.Generator().manual_seed(0)
     for image in tqdm(bad, desc=type(model).__name__, unit="image"):
         tokens = model.backbone(image)
-        explanation = model.explain(image, tokens)[0]
+        explanation = explain(model, tokens, image.shape[-2:])[0]
         order = explanation.contributions.argsort(descending=True)
 
         def share(parts: torch.Tensor, tokens: Tokens = tokens, whole: float = explanation.score) -> float:
@@ -141,7 +149,7 @@ def costs(model: SPGModel | LAKEModel, images: list[torch.Tensor], examples: Exa
             times.append(time.perf_counter())
             tokens = backbone(image)
             start = time.perf_counter()
-            explanation = model.explain(image, tokens)[0]
+            explanation = explain(model, tokens, image.shape[-2:])[0]
             times.append(times[-1] + time.perf_counter() - start)
             start = time.perf_counter()
             picture = to_picture(image[0], backbone.mean, backbone.std)
@@ -160,9 +168,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=30, help="defective images, and good ones")
     arguments = parser.parse_args()
     weights = arguments.data / "dinov2_vits14.safetensors"
-    spg = SPGModel(guides=arguments.guides, weights=weights).eval()
+    spg = SPGModel(guides_file=arguments.guides, weights=weights).eval()
     lake = LAKEModel(BACKBONE, weights=weights, image_size=(448, 448))
-    lake.examples = Examples(patch_size=14)
+    lake_examples = Examples(patch_size=14)
 
     transform = default_pre_processor(BACKBONE, (448, 448)).transform
 
@@ -173,6 +181,7 @@ def main() -> None:
     with torch.no_grad():
         for image in images("train/good", 4):
             lake.train()(image)
+            lake_examples.add(image, lake.backbone.mean, lake.backbone.std)
     lake.fit()
     good, bad = images("test/good", arguments.images), images("test/defect", arguments.images)
     print("| removed | SPG, top atoms | random atoms | LAKE, top neurons | random neurons |\n|---|---|---|---|---|")
@@ -187,7 +196,7 @@ def main() -> None:
     print("\n| | a pass | its explanation | the picture |\n|---|---|---|---|")
     beside = arguments.guides.with_name("examples.safetensors")
     spg_examples = Examples.load(beside) if beside.is_file() else None
-    for model, examples in ((spg, spg_examples), (lake, lake.examples)):
+    for model, examples in ((spg, spg_examples), (lake, lake_examples)):
         cells = [f"{value:.3f} s" for value in costs(model, bad, examples)]
         print(f"| {type(model).__name__} | {' | '.join(cells)} |")
 

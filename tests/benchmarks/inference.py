@@ -35,8 +35,8 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from anomalib_lake import LAKEModel
-from anomalib_spg.backbone import Backbone, read_weights
-from anomalib_spg.pre_processor import default_pre_processor
+from anomalib_spg.components.backbone import Backbone, read_weights
+from anomalib_spg.components.pre_processor import default_pre_processor
 from anomalib_spg.quickstart import BACKBONE
 
 from .first_image import in_fresh_process

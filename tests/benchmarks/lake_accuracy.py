@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from anomalib_lake import LAKE, LAKEModel
 from anomalib_lake.neurons import Selection, SensitiveNeurons
-from anomalib_spg.anomaly_map import AnomalyMapGenerator
+from anomalib_spg.components.anomaly_map import AnomalyMapGenerator
 from anomalib_spg.quickstart import BACKBONE
 from tests.textures import CATEGORIES, make_mvtec
 

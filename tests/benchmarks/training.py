@@ -30,8 +30,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_spg import SPGModel
-from anomalib_spg.backbone import Tokens
+from anomalib_spg import GuideSettings, SPGModel
+from anomalib_spg.components.backbone import Tokens
 from anomalib_spg.guides import Guides, train_guides
 from anomalib_spg.quickstart import BACKBONE
 from anomalib_spg.sae import TopKSAE, train_sae
@@ -72,9 +72,6 @@ def stage(arguments: argparse.Namespace) -> None:
         layers=[6],
         weights=arguments.data / "dinov2_vits14.safetensors",
         image_size=(arguments.size, arguments.size),
-        num_atoms=arguments.atoms,
-        sae_epochs=2,
-        guide_epochs=2,
     ).to(arguments.device)
     model.train()
     model.backbone(torch.zeros(1, 3, arguments.size, arguments.size, device=arguments.device))  # reads the weights
@@ -84,7 +81,7 @@ def stage(arguments: argparse.Namespace) -> None:
     masks[:4, :50, :50] = 1
     for _ in range(arguments.images // 8):
         model(torch.randn(8, 3, arguments.size, arguments.size, device=arguments.device), masks)
-    model.fit()
+    model.fit(GuideSettings(num_atoms=arguments.atoms, sae_epochs=2, guide_epochs=2))
     spent = model.seconds
     print(
         f"| {arguments.images} | {arguments.size} | {arguments.atoms} | {spent['backbone']:.1f} | "
@@ -112,14 +109,14 @@ def products(arguments: argparse.Namespace) -> None:
         tokens, masks = [torch.randn(PATCHES, DIM).half() for _ in range(8)], list(torch.zeros(8, 448, 448))
         masks[0][:50, :50] = 1
         dictionary, labels = F.normalize(torch.randn(atoms, DIM, device=device)), [True] + [False] * 7
-        alive, pooled = torch.ones(atoms, dtype=torch.bool, device=device), list(torch.randn(8, DIM))
+        alive, store = torch.ones(atoms, dtype=torch.bool, device=device), TokenStore()
+        store.add(Tokens([torch.stack(tokens)], [torch.randn(8, DIM)], GRID), torch.stack(masks), labels)
+        settings = GuideSettings(num_atoms=atoms, guide_epochs=4)
         x = torch.stack(tokens).to(device, torch.float32)
         weights, directions = torch.randn(4, atoms, device=device), torch.randn(DIM, device=device)
         compare(
             f"guides | {atoms}",
-            lambda d=dictionary, a=alive, t=tokens, p=pooled, m=masks, y=labels: train_guides(
-                Guides(DIM).to(device), d, a, t, p, m, y, GRID, 14, epochs=4
-            ),
+            lambda d=dictionary, a=alive, s=store, c=settings: train_guides(Guides(DIM).to(device), d, a, s, 0, 14, c),
             # guide vectors and their coefficients' gradient, similarities and the vectors' gradient
             lambda x=x, w=weights, d=dictionary, v=directions: [
                 (w @ d, (w @ d) @ d.T, x @ v, x.flatten(0, 1).T @ (x @ v).flatten()) for _ in range(4)

@@ -9,9 +9,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-TINY = "vit_tiny_patch16_224"
-TINY_CLIP = "vit_xsmall_patch16_clip_224.tinyclip_yfcc15m"  # 10 blocks of width 256; no OpenCLIP config has its name
-
 
 @pytest.fixture(scope="session")
 def clip() -> open_clip.CLIP:

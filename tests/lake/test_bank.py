@@ -29,7 +29,7 @@ def test_scale_leaves_one_image_out() -> None:
     for image in range(3):
         others = [tokens[other, patch] for other in range(3) if other != image for patch in range(4)]
         distances += [min((token - other).norm().item() for other in others) for token in tokens[image]]
-    assert bank.scale.item() == pytest.approx(np.quantile(distances, 0.99), rel=1e-4)
+    assert bank.distance_scale.item() == pytest.approx(np.quantile(distances, 0.99), rel=1e-4)
     assert bank.tokens.shape == (12, 5)
 
 
@@ -43,7 +43,7 @@ def test_one_image_leaves_its_quarters_out() -> None:
         min((tokens[0, a] - tokens[0, b]).norm().item() for b in range(6) if quarters[b] != quarters[a])
         for a in range(6)
     ]
-    assert bank.scale.item() == pytest.approx(np.quantile(expected, 0.99), rel=1e-4)
+    assert bank.distance_scale.item() == pytest.approx(np.quantile(expected, 0.99), rel=1e-4)
 
 
 def test_one_normal_patch_in_a_hundred_deviates_by_more_than_one() -> None:
@@ -62,7 +62,7 @@ def test_size_is_bounded_by_a_coreset() -> None:
     bank = NormalityBank(size=10)
     bank.fit(tokens, (4, 4))
     assert bank.tokens.shape == (10, 5)
-    assert torch.equal(bank.tokens, tokens[bank.images, bank.positions])
+    assert torch.equal(bank.tokens, tokens[bank.image_indices, bank.patch_indices])
     spread = nearest(tokens, bank.tokens).amax()
     drawn = [nearest(tokens, tokens.flatten(0, 1)[torch.randperm(64)[:10]]).amax() for _ in range(5)]
     assert spread < torch.stack(drawn).mean()

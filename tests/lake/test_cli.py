@@ -16,7 +16,7 @@ from anomalib.data.utils import read_image
 from anomalib.deploy import OpenVINOInferencer
 
 from anomalib_lake import LAKE
-from tests.conftest import REPOSITORY, few_textiles, make_mvtec, metric
+from tests.helpers import REPOSITORY, few_textiles, make_mvtec, metric
 
 COUNT = 10  # images per folder
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -134,7 +134,7 @@ def test_clip_exports_without_a_text_tower(
     """Text at work, from the command line, in the checkpoint and in OpenVINO; the names of the prompts stay behind."""
     model = [
         *("--model", "LAKE", "--model.backbone", "vit_xsmall_patch16_clip_224.tinyclip_yfcc15m"),
-        *("--model.image_size", "64", "--model.neurons", "20", "--model.k_shot", "2"),
+        *("--model.image_size", "64", "--model.num_neurons", "20", "--model.k_shot", "2"),
     ]
     source = ["--data", "MVTecAD", "--data.root", mvtec, "--data.category", "brick", "--data.num_workers", "0"]
     anomalib_command("train", *model, "--model.weights", clip_file, *source, folder=tmp_path)

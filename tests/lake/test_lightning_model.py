@@ -15,13 +15,12 @@ from anomalib.engine import Engine
 from PIL import Image
 
 from anomalib_lake import LAKE
-from tests.conftest import data, engine, make_mvtec, raw_metrics
-from tests.lake.conftest import TINY, TINY_CLIP
+from tests.helpers import TINY, TINY_CLIP, data, engine, make_mvtec, raw_metrics
 
 
 def build(**arguments: Any) -> LAKE:
     """A small model with random weights."""
-    defaults = {"backbone": TINY, "pre_trained": False, "image_size": 64, "k_shot": 2, "neurons": 20}
+    defaults = {"backbone": TINY, "pre_trained": False, "image_size": 64, "k_shot": 2, "num_neurons": 20}
     torch.manual_seed(0)
     return LAKE(**{**defaults, "visualizer": False, **arguments})
 

@@ -19,7 +19,7 @@ from anomalib.utils.serialization import anomalib_safe_globals
 from torch import nn
 
 from anomalib_lake import SelectSensitiveNeurons
-from tests.conftest import data, engine
+from tests.helpers import data, engine
 
 MODELS = ["patchcore", "anomaly_dino"]
 SIZE = 70  # five of DINOv2's patches
@@ -237,7 +237,7 @@ def test_a_fitted_bank_is_refused(kind: str, create: Create) -> None:
     assert torch.equal(predict(model.model, images(1, 9))[0], before)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [({"neurons": 0}, "neurons=0"), ({"selection": "x"}, "'x'")])
+@pytest.mark.parametrize(("arguments", "message"), [({"num_neurons": 0}, "num_neurons=0"), ({"selection": "x"}, "'x'")])
 def test_bad_arguments(arguments: dict, message: str) -> None:
     """They are named at once."""
     with pytest.raises(ValueError, match=message):
@@ -246,7 +246,7 @@ def test_bad_arguments(arguments: dict, message: str) -> None:
 
 def test_too_many_neurons(create: Create) -> None:
     """More than a layer has."""
-    with pytest.raises(ValueError, match="neurons=65 exceeds the 64 channels"):
+    with pytest.raises(ValueError, match="num_neurons=65 exceeds the 64 channels"):
         fit(create("patchcore"), SelectSensitiveNeurons(65))
 
 
@@ -262,7 +262,7 @@ def test_command(mvtec: Path, tmp_path: Path, anomalib_command: Callable[..., st
     """`anomalib train`, and `anomalib predict` from its checkpoint."""
     model = [
         *("--model", "Patchcore", "--model.backbone", "resnet18", "--model.pre_trained", "false"),
-        *("--trainer.callbacks", "anomalib_lake.SelectSensitiveNeurons", "--trainer.callbacks.neurons", "20"),
+        *("--trainer.callbacks", "anomalib_lake.SelectSensitiveNeurons", "--trainer.callbacks.num_neurons", "20"),
     ]
     source = ["--data", "MVTecAD", "--data.root", mvtec, "--data.category", "brick", "--data.num_workers", "0"]
     anomalib_command("train", *model, *source, folder=tmp_path)

@@ -69,7 +69,7 @@ def test_state_dict_restores_the_choice() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"count": 0}, "neurons=0"),
+        ({"count": 0}, "num_neurons=0"),
         ({"selection": "best"}, "selection='best'.*variance, random, lowest, pca, all"),
         ({"normalization": "later"}, "normalization='later'"),
     ],
@@ -82,7 +82,7 @@ def test_bad_arguments(arguments: dict, message: str) -> None:
 
 def test_more_neurons_than_channels() -> None:
     """Says how many there are."""
-    with pytest.raises(ValueError, match="neurons=13 exceeds the 12 channels"):
+    with pytest.raises(ValueError, match="num_neurons=13 exceeds the 12 channels"):
         SensitiveNeurons(13).select(TOKENS)
 
 

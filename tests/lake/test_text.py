@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_lake import LAKEModel
 from anomalib_lake.text import embed_prompts, prompts, read_checkpoint, text_tower
-from tests.lake.conftest import TINY_CLIP
+from tests.helpers import TINY_CLIP
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,12 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_lake import LAKEModel
 from anomalib_lake.text import embed_prompts, prompts, read_checkpoint, text_tower
-from tests.lake.conftest import TINY, TINY_CLIP
+from tests.helpers import TINY, TINY_CLIP
 
 
 def fitted(images: torch.Tensor, *names: str, **arguments: object) -> LAKEModel:
     """A model fitted on images."""
-    model = LAKEModel(names[0] if names else TINY, **{"pre_trained": False, "neurons": 20, **arguments})
+    model = LAKEModel(names[0] if names else TINY, **{"pre_trained": False, "num_neurons": 20, **arguments})
     model.train()(images)
     model.fit()
     return model.eval()
@@ -71,13 +71,13 @@ def test_scales() -> None:
     deviation = torch.maximum(coarse, deviation_by_hand(model, normal, images, 3))
     expected = (deviation / (1 + deviation)).amax(dim=1)
     torch.testing.assert_close(model(images).pred_score.double(), expected, rtol=1e-4, atol=1e-4)
-    assert model.banks[0][1].positions.tolist() == kept * 2
+    assert model.banks[0][1].patch_indices.tolist() == kept * 2
 
 
 def test_fusion_with_text(clip_file: Path) -> None:
     """0.7 structural and 0.3 semantic, the latter from the last block, projected, against the two embeddings."""
     normal, images = torch.randn(2, 3, 64, 64), torch.randn(3, 3, 64, 64)
-    model = LAKEModel(TINY_CLIP, layers=[3], scales=[1], weights=clip_file, neurons=20, sigma=0)
+    model = LAKEModel(TINY_CLIP, layers=[3], scales=[1], weights=clip_file, num_neurons=20, sigma=0)
     model.train()(normal)
     model.fit("bottle")
     model.eval()
@@ -97,7 +97,7 @@ def test_own_prompts_and_class_name_change_the_embeddings(clip_file: Path) -> No
     """Whatever is said reaches the tower."""
 
     def embeddings(name: str, **arguments: object) -> torch.Tensor:
-        model = LAKEModel(TINY_CLIP, weights=clip_file, neurons=20, **arguments)
+        model = LAKEModel(TINY_CLIP, weights=clip_file, num_neurons=20, **arguments)
         model.train()(torch.randn(2, 3, 32, 32))
         model.fit(name)
         return model.text_embeddings
@@ -110,7 +110,7 @@ def test_own_prompts_and_class_name_change_the_embeddings(clip_file: Path) -> No
 
 def test_without_text_there_is_one_tower_that_stops_early(clip_file: Path) -> None:
     """text_weight=0 needs no text tower and does not run the deep blocks; a timm file then suffices."""
-    model = LAKEModel(TINY_CLIP, layers=[3], text_weight=0, pre_trained=False, neurons=20)
+    model = LAKEModel(TINY_CLIP, layers=[3], text_weight=0, pre_trained=False, num_neurons=20)
     assert model.backbone.layers == [3]
     assert model.text_embeddings.numel() == 0
     ran = []
@@ -119,14 +119,14 @@ def test_without_text_there_is_one_tower_that_stops_early(clip_file: Path) -> No
     model.fit()
     model.eval()(torch.randn(1, 3, 32, 32))
     assert not ran
-    both = LAKEModel(TINY_CLIP, layers=[3], text_weight=0, weights=clip_file, neurons=20)
+    both = LAKEModel(TINY_CLIP, layers=[3], text_weight=0, weights=clip_file, num_neurons=20)
     both.train()(torch.randn(2, 3, 32, 32))
     assert both.backbone.has_weights
 
 
 def test_text_tower_is_not_kept(clip_file: Path) -> None:
     """After fitting there are two vectors, and no parameter or buffer of the text tower."""
-    model = LAKEModel(TINY_CLIP, weights=clip_file, neurons=20)
+    model = LAKEModel(TINY_CLIP, weights=clip_file, num_neurons=20)
     model.train()(torch.randn(2, 3, 32, 32))
     model.fit()
     assert model._checkpoint is None
@@ -147,7 +147,7 @@ def test_score_is_taken_before_smoothing() -> None:
     """Smoothing changes the map, not the score."""
     normal, images = torch.randn(2, 3, 64, 64), torch.randn(2, 3, 64, 64)
     sharp = fitted(normal, layers=[2], sigma=0)
-    smooth = LAKEModel(TINY, pre_trained=False, neurons=20, layers=[2], sigma=8)
+    smooth = LAKEModel(TINY, pre_trained=False, num_neurons=20, layers=[2], sigma=8)
     smooth.load_state_dict({**smooth.state_dict(), **sharp.state_dict()})
     smooth.eval()
     torch.testing.assert_close(smooth(images).pred_score, sharp(images).pred_score)
@@ -184,7 +184,7 @@ def test_blank_normal_image() -> None:
     """A single colour is named by its number, and nothing is stored."""
     images = torch.randn(3, 3, 32, 32)
     images[1] = torch.tensor([0.1, 0.2, 0.3])[:, None, None]
-    model = LAKEModel(TINY, pre_trained=False, neurons=20).train()
+    model = LAKEModel(TINY, pre_trained=False, num_neurons=20).train()
     with pytest.raises(ValueError, match="Normal image 1 .* is blank"):
         model(images)
     assert model.num_stored == 0
@@ -192,7 +192,7 @@ def test_blank_normal_image() -> None:
 
 def test_sizes_that_differ() -> None:
     """Normal images of two sizes cannot share a bank."""
-    model = LAKEModel(TINY, pre_trained=False, neurons=20).train()
+    model = LAKEModel(TINY, pre_trained=False, num_neurons=20).train()
     model(torch.randn(1, 3, 32, 32))
     with pytest.raises(ValueError, match="must have one size"):
         model(torch.randn(1, 3, 64, 32))
@@ -210,7 +210,7 @@ def test_order_of_steps() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"neurons": 193}, "neurons=193 exceeds the 192 channels"),
+        ({"num_neurons": 193}, "num_neurons=193 exceeds the 192 channels"),
         ({"layers": [12]}, r"blocks 0 to 11.*\[12\]"),
         ({"layers": []}, "layers=.. is empty"),
         ({"text_weight": 0.3}, "needs a CLIP backbone, and 'vit_tiny_patch16_224' has no text tower"),

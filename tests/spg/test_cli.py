@@ -21,7 +21,7 @@ from anomalib.deploy import OpenVINOInferencer
 from PIL import Image
 
 from anomalib_spg import SPG
-from tests.conftest import REPOSITORY, few_textiles, make_mvtec, metric
+from tests.helpers import REPOSITORY, few_textiles, make_mvtec, metric
 
 COUNT = 12  # images per folder
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -193,8 +193,8 @@ def test_benchmark(name: str, folder: Path, trained: str, tmp_path: Path, anomal
     config = yaml.safe_load((REPOSITORY / "configs" / "benchmark" / name).read_text())
     model = config["benchmark"]["model"]["init_args"]
     model["weights"] = str(folder / "quickstart/dinov2_vits14.safetensors")
-    if "guides" in model:
-        model["guides"] = str(folder / "results/SPG/textile/latest/weights/guides.safetensors")
+    if "guides_file" in model:
+        model["guides_file"] = str(folder / "results/SPG/textile/latest/weights/guides.safetensors")
     else:
         model |= {"views": 1, "num_atoms": 64, "k": 8, "sae_epochs": 1, "guide_epochs": 2, "image_size": 112}
     config["benchmark"]["data"]["init_args"] |= {"category": {"grid": ["brick", "grass"]}, "num_workers": 0}
@@ -239,7 +239,7 @@ def test_two_processes(tmp_path: Path, mvtec: Path, visa: Path, anomalib_command
     [
         ({"modle": {"class_path": "SPG"}}, "modle"),
         ({"model": {"class_path": "SPG", "init_args": {"guide": "x"}}}, "guide"),
-        ({"model": {"class_path": "SPG", "init_args": {"guides": "gone.safetensors"}}}, "gone.safetensors"),
+        ({"model": {"class_path": "SPG", "init_args": {"guides_file": "gone.safetensors"}}}, "gone.safetensors"),
     ],
 )
 def test_mistakes_in_the_yaml_are_named(change: dict, message: str, folder: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from anomalib_spg import AuxiliaryTarget
-from tests.conftest import make_mvtec, make_visa
+from tests.helpers import make_mvtec, make_visa
 
 
 def build(mvtec: Path, visa: Path, **arguments) -> AuxiliaryTarget:

@@ -7,8 +7,11 @@ from pathlib import Path
 import torch
 from torch import distributed, multiprocessing
 
+from anomalib_spg import GuideSettings
+from anomalib_spg.components.backbone import Tokens
 from anomalib_spg.guides import Guides, train_guides
 from anomalib_spg.sae import TopKSAE, train_sae
+from anomalib_spg.token_store import TokenStore
 
 IMAGES, PATCHES, DIM, ATOMS = 8, 16, 12, 600
 
@@ -26,21 +29,11 @@ def learn(numbers: range) -> dict[str, torch.Tensor]:
     sae = TopKSAE(DIM, ATOMS, k=3, dead_after=200)
     alive = train_sae(sae, patches, epochs=12, batch_size=IMAGES)
     torch.manual_seed(numbers.start)
-    guides = Guides(DIM)
-    train_guides(
-        guides,
-        sae.dictionary.detach(),
-        alive,
-        patches,
-        [tokens.mean(dim=0) for tokens in patches],
-        masks,
-        [bool(mask.any()) for mask in masks],
-        (4, 4),
-        4,
-        epochs=20,
-        batch_size=IMAGES,
-        ema_warmup=True,
-    )
+    guides, store = Guides(DIM), TokenStore()
+    tokens = torch.stack(patches)
+    store.add(Tokens([tokens], [tokens.mean(dim=1)], (4, 4)), torch.stack(masks), [bool(mask.any()) for mask in masks])
+    settings = GuideSettings(guide_epochs=20, ema_warmup=True)
+    train_guides(guides, sae.dictionary.detach(), alive, store, 0, 4, settings, batch_size=IMAGES)
     return {"dictionary": sae.dictionary.detach(), "since": sae.tokens_since_fired, "vectors": guides.vectors}
 
 

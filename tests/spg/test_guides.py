@@ -11,10 +11,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from anomalib_spg.guides import Guides, read_guides, save_guides, to_pixels, train_guides
+from anomalib_spg import GuideSettings
+from anomalib_spg.components.anomaly_map import to_pixels
+from anomalib_spg.components.backbone import Tokens
+from anomalib_spg.guides import Guides, read_guides, save_guides, train_guides
+from anomalib_spg.token_store import TokenStore
 
 
-def learn(epochs: int = 40, free: bool = False, **arguments) -> tuple[Guides, torch.Tensor]:
+def learn(epochs: int = 40, free: bool = False, batch_size: int = 8, **settings) -> tuple[Guides, torch.Tensor]:
     """Learn on a world where one direction means anomalous."""
     torch.manual_seed(0)
     dictionary = torch.eye(8)
@@ -29,12 +33,14 @@ def learn(epochs: int = 40, free: bool = False, **arguments) -> tuple[Guides, to
             patch[0, 1, 3] += 2
         patches.append(patch.view(4, 8))
         pooled.append(patch.view(4, 8).mean(dim=0))
-    guides = Guides(8)
+    guides, store = Guides(8), TokenStore()
     labels = [bool(mask.any()) for mask in masks]
+    store.add(Tokens([torch.stack(patches)], [torch.stack(pooled)], (2, 2)), torch.stack(masks), labels)
     alive = torch.ones(8, dtype=torch.bool)
     alive[7] = False
     atoms, usable = (None, None) if free else (dictionary, alive)
-    train_guides(guides, atoms, usable, patches, pooled, masks, labels, (2, 2), 2, epochs=epochs, **arguments)
+    chosen = GuideSettings(num_atoms=8, k=8, guide_epochs=epochs, **settings)
+    train_guides(guides, atoms, usable, store, 0, 2, chosen, batch_size=batch_size)
     return guides, torch.stack(patches)
 
 
@@ -119,7 +125,7 @@ def test_average_follows_its_formula() -> None:
 
 def test_top_k_keeps_exactly_k() -> None:
     """The truncated guides use k atoms each and still learn."""
-    guides, patches = learn(top_k=2, ema_decay=0.0)
+    guides, patches = learn(guide_top_k=2, ema_decay=0.0)
     assert (guides.coefficients > 0).sum(dim=1).max() <= 2
     assert guides.local_probability(patches, 0.07)[1::2, 1].min() > 0.9
 
@@ -127,9 +133,11 @@ def test_top_k_keeps_exactly_k() -> None:
 def test_impossible_requests() -> None:
     """top_k above the living atoms, and no living atom at all."""
     with pytest.raises(ValueError, match="guide_top_k=8.*7 atoms"):
-        learn(top_k=8)
+        learn(guide_top_k=8)
+    store = TokenStore()
+    store.add(Tokens([torch.zeros(1, 1, 2)], [torch.zeros(1, 2)], (1, 1)), torch.zeros(1, 1, 1), [False])
     with pytest.raises(ValueError, match="sae_epochs"):
-        train_guides(Guides(2), torch.eye(2), torch.zeros(2, dtype=torch.bool), [], [], [], [], (1, 1), 1)
+        train_guides(Guides(2), torch.eye(2), torch.zeros(2, dtype=torch.bool), store, 0, 1, GuideSettings())
 
 
 def test_file_round_trip(tmp_path: Path) -> None:
@@ -148,12 +156,15 @@ def test_full_disk_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
     path = tmp_path / "guides.safetensors"
     path.write_bytes(b"old")
 
-    def fail(self: Path, data: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(data[:10])
+    def fail(tensors: dict, path: Path, header: dict) -> None:
+        del tensors, header
+        path.write_bytes(b"half a fil")
         raise OSError(28, "No space left on device")
 
-    with patch.object(Path, "write_bytes", fail), pytest.raises(OSError, match=r"guides\.safetensors.*No space left"):
+    with (
+        patch("anomalib_spg.components.files.save_file", fail),
+        pytest.raises(OSError, match=r"guides\.safetensors.*No space left"),
+    ):
         save_guides(path, [Guides(2)], {})
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]

@@ -15,9 +15,7 @@ from PIL import Image
 
 from anomalib_spg import SPG, AuxiliaryTarget
 from anomalib_spg.guides import read_guides
-from tests.conftest import data, engine, make_mvtec, raw_metrics
-
-TINY = "vit_tiny_patch16_224"
+from tests.helpers import TINY, data, engine, make_mvtec, raw_metrics
 
 
 def build(**arguments: Any) -> SPG:
@@ -89,7 +87,7 @@ def test_checkpoint_stands_alone(trained: tuple, mvtec: Path, tmp_path: Path) ->
     model, run, _ = trained
     checkpoint = torch.load(run.best_model_path, weights_only=True)
     assert checkpoint["hyper_parameters"]["pre_trained"] is False
-    with patch("anomalib_spg.backbone.Backbone.load_weights") as load:
+    with patch("anomalib_spg.components.backbone.Backbone.load_weights") as load:
         restored = SPG.load_from_checkpoint(run.best_model_path)
         assert all(call.args == () for call in load.call_args_list)
     images = torch.rand(2, 3, 90, 70)
@@ -115,9 +113,9 @@ def test_checkpoint_of_another_model(
 
 
 def test_guides_file_is_used_without_training(trained: tuple, mvtec: Path, tmp_path: Path) -> None:
-    """SPG(guides=...) decides backbone, layer and size by itself, trains nothing, runs on another category."""
+    """SPG(guides_file=...) decides backbone, layer and size by itself, trains nothing, runs on another category."""
     path = Path(trained[1].trainer.default_root_dir) / "weights" / "guides.safetensors"
-    model = SPG(guides=path, pre_trained=False, visualizer=False)
+    model = SPG(guides_file=path, pre_trained=False, visualizer=False)
     assert (model.model.backbone.name, model.model.backbone.layers, tuple(model.input_size)) == (TINY, [3], (64, 64))
     model.model.backbone.load_state_dict(trained[0].model.backbone.state_dict())
     before = model.model.guides[0].vectors.clone()

@@ -8,21 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import run_command
-
-FIND = """
-from anomalib.models import get_model, list_models
-import anomalib.models
-arguments = {"backbone": "vit_tiny_patch16_224", "pre_trained": False}
-assert type(get_model("spg", **arguments)).__name__ == "SPG"
-assert type(get_model({"class_path": "SPG", "init_args": arguments})).__name__ == "SPG"
-assert type(get_model({"class_path": "anomalib_spg.SPG", "init_args": arguments})).__name__ == "SPG"
-assert type(get_model("lake", **arguments)).__name__ == "LAKE"
-assert type(get_model({"class_path": "LAKE", "init_args": arguments})).__name__ == "LAKE"
-assert type(get_model({"class_path": "anomalib_lake.LAKE", "init_args": arguments})).__name__ == "LAKE"
-assert {"SPG", "LAKE"} <= set(list_models("pascal")) and {"s_p_g", "l_a_k_e"} <= set(list_models())
-assert type(anomalib.models).__name__ == "module"
-"""
+from tests.helpers import FIND, fake_distribution, run_command
 
 
 def python(code: str, folder: Path, *paths: Path) -> str:
@@ -30,16 +16,6 @@ def python(code: str, folder: Path, *paths: Path) -> str:
     inherited = [path for path in [os.environ.get("PYTHONPATH")] if path]
     environment = {"PYTHONPATH": os.pathsep.join([*map(str, paths), *inherited])} if paths else {}
     return run_command([sys.executable, "-c", code], folder, **environment)
-
-
-def fake_distribution(folder: Path, name: str, entry_points: str, code: str) -> Path:
-    """A distribution as it lies in site-packages, declaring entry points."""
-    (folder / f"{name}.py").write_text(code)
-    info = folder / f"{name}-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(entry_points)
-    return folder
 
 
 @pytest.mark.parametrize(

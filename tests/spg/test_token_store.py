@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from anomalib_spg.backbone import Tokens
+from anomalib_spg.components.backbone import Tokens
 from anomalib_spg.token_store import TokenStore, check_space
-from tests.conftest import run_command
+from tests.helpers import run_command
 
 
 def batch(images: int = 2, layers: int = 2) -> tuple[Tokens, torch.Tensor, list[bool]]:
@@ -92,7 +92,7 @@ def test_full_disk(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with (
-        patch("anomalib_spg.token_store.save_file", full),
+        patch("anomalib_spg.components.files.save_file", full),
         pytest.raises(OSError, match=r"No space left.*same command again"),
     ):
         store.add(*batch(), names=["c", "d"])
@@ -113,7 +113,7 @@ def test_freed_memory_goes_back_to_the_system(tmp_path: Path) -> None:
     """Holes between small objects that stay, as hundreds of written batches leave them, are given back by the next."""
     code = """
 import sys, torch
-from anomalib_spg.backbone import Tokens
+from anomalib_spg.components.backbone import Tokens
 from anomalib_spg.token_store import TokenStore
 def memory():
     lines = open("/proc/self/status").read().splitlines()

@@ -9,19 +9,23 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from anomalib_spg import SPGModel
-from anomalib_spg.backbone import Tokens
-
-TINY = "vit_tiny_patch16_224"
+from anomalib_spg import GuideSettings, SPGModel
+from anomalib_spg.components.backbone import Tokens
+from anomalib_spg.token_store import memory_need
+from tests.helpers import TINY
 
 
 def build(**arguments) -> SPGModel:
     """A small model with random weights."""
-    defaults = {"layers": [5], "pre_trained": False, "num_atoms": 64, "k": 8, "sae_epochs": 2, "guide_epochs": 2}
-    return SPGModel(TINY, **{**defaults, **arguments})
+    return SPGModel(TINY, **{"layers": [5], "pre_trained": False, **arguments})
 
 
-def fitted(size: tuple[int, int] = (64, 64), **arguments) -> SPGModel:
+def settings(**changes) -> GuideSettings:
+    """Settings that take little time."""
+    return GuideSettings(**{"num_atoms": 64, "k": 8, "sae_epochs": 2, "guide_epochs": 2, **changes})
+
+
+def fitted(size: tuple[int, int] = (64, 64), chosen: GuideSettings | None = None, **arguments) -> SPGModel:
     """A model that has learned from eight images."""
     torch.manual_seed(0)
     model = build(**arguments)
@@ -30,7 +34,7 @@ def fitted(size: tuple[int, int] = (64, 64), **arguments) -> SPGModel:
     masks[:4, 16:32, 16:48] = 1
     images[:4, :, 16:32, 16:48] += 3
     model.train()(images, masks)
-    model.fit()
+    model.fit(chosen or settings())
     return model.eval()
 
 
@@ -109,7 +113,7 @@ def test_several_layers_are_averaged() -> None:
 @pytest.mark.parametrize("size", [(64, 64), (48, 80), (50, 70)])
 def test_map_has_the_size_of_the_image_and_finds_the_spot(size: tuple[int, int]) -> None:
     """Square or not, multiple of the patch or not; what was learned as anomalous is found at its place."""
-    model = fitted(size, sae_epochs=10, guide_epochs=30, ema_warmup=True)
+    model = fitted(size, settings(sae_epochs=10, guide_epochs=30, ema_warmup=True))
     images = torch.randn(2, 3, *size) * 0.1
     images[0, :, 16:32, 16:48] += 3
     result = model(images)
@@ -126,8 +130,8 @@ def test_memory_is_stated_and_checked() -> None:
     model(torch.randn(3, 3, 64, 64), torch.zeros(3, 64, 64))
     store = model.store
     stored = [*store.patches[0], *store.patches[1], *store.pooled[0], *store.pooled[1], *store.masks]
-    assert sum(tensor.numel() * tensor.element_size() for tensor in stored) == model.memory_need(3, (64, 64))
-    model.memory_limit = model.memory_need(5, (64, 64)) / 2**30
+    assert sum(tensor.numel() * tensor.element_size() for tensor in stored) == memory_need(model.backbone, 3, (64, 64))
+    store.memory_limit = memory_need(model.backbone, 5, (64, 64)) / 2**30
     with pytest.raises(MemoryError, match="6 images of 64x64 need.*memory_limit"):
         model(torch.randn(3, 3, 64, 64), torch.zeros(3, 64, 64))
 
@@ -136,7 +140,7 @@ def test_guides_file_is_zero_shot(tmp_path: Path) -> None:
     """Guides alone, with the same backbone, give the same maps; the file knows backbone, layer and size."""
     model = fitted()
     path = model.save_guides(tmp_path / "guides.safetensors", dataset="drawn")
-    other = SPGModel(guides=path, pre_trained=False)
+    other = SPGModel(guides_file=path, pre_trained=False)
     assert other.backbone.name == TINY
     assert other.backbone.layers == [5]
     assert other.backbone.image_size == model.backbone.image_size
@@ -156,7 +160,7 @@ def test_guides_of_another_backbone_are_refused(tmp_path: Path, arguments: dict,
     """The message says whose they are."""
     path = fitted().save_guides(tmp_path / "guides.safetensors")
     with pytest.raises(ValueError, match=message):
-        SPGModel(guides=path, pre_trained=False, **arguments)
+        SPGModel(guides_file=path, pre_trained=False, **arguments)
 
 
 def test_what_cannot_be_learned_from() -> None:
@@ -183,8 +187,6 @@ def test_inference_without_guides_is_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"k": 65}, "k=65"),
-        ({"guide_top_k": 65}, "guide_top_k=65"),
         ({"image_score": "mean"}, "'max', 'top' or 'lse'"),
         ({"cls_weight": 1.5}, "cls_weight=1.5"),
     ],
@@ -193,3 +195,20 @@ def test_bad_arguments(arguments: dict, message: str) -> None:
     """Errors name the value."""
     with pytest.raises(ValueError, match=message):
         build(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"k": 65}, "k=65"),
+        ({"guide_top_k": 65}, "guide_top_k=65"),
+        ({"sae_epochs": 0}, "sae_epochs=0"),
+        ({"ema_decay": 1.0}, r"ema_decay=1\.0"),
+        ({"sparsity": -1.0}, r"sparsity=-1\.0"),
+        ({"guide_top_k": 3, "dictionary": False}, "dictionary=False has none"),
+    ],
+)
+def test_bad_settings(arguments: dict, message: str) -> None:
+    """Errors name the value."""
+    with pytest.raises(ValueError, match=message):
+        settings(**arguments)

@@ -2,7 +2,7 @@
 
 """The tables a paper prints, from results of ``anomalib benchmark`` or of :mod:`anomalib_spg.benchmark`.
 
-    python -m anomalib_spg.results_table runs/benchmark/*/results.csv --format latex
+    python -m anomalib_spg.benchmark.tables runs/benchmark/*/results.csv --format latex
 
 For every dataset: the means over its categories, a row for every method; then, for every metric, a table with a row for
 every category and a column for every method. A method is a model with those of its arguments that differ between rows.
@@ -267,8 +267,8 @@ def results_table(results: pd.DataFrame, form: str = "markdown") -> str:
 
 
 def main() -> None:
-    """Command line: ``python -m anomalib_spg.results_table FILE... [--format markdown|latex]``."""
-    parser = argparse.ArgumentParser(prog="python -m anomalib_spg.results_table", description="Tables of results.")
+    """Command line: ``python -m anomalib_spg.benchmark.tables FILE... [--format markdown|latex]``."""
+    parser = argparse.ArgumentParser(prog="python -m anomalib_spg.benchmark.tables", description="Tables of results.")
     parser.add_argument("files", nargs="+", help="results.csv of benchmarks")
     parser.add_argument("--format", choices=("markdown", "latex"), default="markdown")
     args = parser.parse_args()

@@ -22,15 +22,15 @@ from anomalib.data.utils import read_image
 from PIL import Image
 
 from anomalib_lake import LAKEModel
-from anomalib_lake.figures import neuron_overlap
 from anomalib_spg import SPG, ExplanationVisualizer, SPGModel
-from anomalib_spg.examples import Examples, to_picture
-from anomalib_spg.figures import atom_usage, is_general, plot_explanation
-from anomalib_spg.pre_processor import default_pre_processor
+from anomalib_spg.components.pre_processor import default_pre_processor
+from anomalib_spg.explanations.categories import atom_usage, is_general, neuron_overlap
+from anomalib_spg.explanations.examples import Examples, to_picture
+from anomalib_spg.explanations.figures import plot_explanation
+from anomalib_spg.explanations.report import write_report
 from anomalib_spg.quickstart import BACKBONE
-from anomalib_spg.report import write_report
 from tests.benchmarks.faithfulness import faithfulness
-from tests.conftest import data, engine, few_textiles, run_command
+from tests.helpers import data, engine, few_textiles, run_command
 
 COUNT = 8  # images per folder
 ON = ["--model.visualizer", "anomalib_spg.ExplanationVisualizer"]
@@ -84,7 +84,7 @@ def test_spg(spg: Path) -> None:
     """Records and pictures; the examples file holds patches of every atom in use."""
     run = check_folder(spg, "atom")
     examples = Examples.load(spg / "weights" / "examples.safetensors")
-    model = SPGModel(guides=spg / "weights" / "guides.safetensors", pre_trained=False)
+    model = SPGModel(guides_file=spg / "weights" / "guides.safetensors", pre_trained=False)
     assert {atom for _, atom in examples.patches} == set(model.guides[0].atom_indices.tolist())
     assert all(examples.of(part["block"], part["unit"]) for image in run["images"] for part in image["parts"])
 
@@ -171,7 +171,7 @@ def runs(tmp_path: Path) -> Path:
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
 def test_page_in_a_browser(runs: Path) -> None:
     """Worst first, filters by category, decision and atom, one image opened; nothing is fetched from elsewhere."""
-    output = run_command([sys.executable, "-m", "anomalib_spg.report", runs], runs)
+    output = run_command([sys.executable, "-m", "anomalib_spg.explanations.report", runs], runs)
     page = runs / "explanations.html"
     assert str(page) in output
     end = "</script><b>.png"
@@ -289,7 +289,7 @@ def tiny() -> SPG:
     examples.add(torch.randn(6, 3, 100, 100), [0.5] * 3, [0.5] * 3)
     for block, guides in zip((3, 5), model.model.guides, strict=True):
         guides.set(torch.nn.functional.normalize(torch.randn(9, 192), dim=1), torch.arange(9), torch.rand(4, 9))
-        examples.find(block, guides, torch.randn(6, 49, 192))
+        examples.find(block, guides.atoms, guides.atom_indices, torch.randn(6, 49, 192))
     model._is_fitted = torch.tensor([True])
     model.visualizer._examples = examples
     return model
@@ -342,7 +342,7 @@ def test_an_interrupted_run_lets_go(tiny: SPG, tmp_path: Path, monkeypatch: pyte
 def test_half_precision(tiny: SPG) -> None:
     """Where the model runs in bfloat16, so do its explanations and their pictures."""
     images = torch.randn(1, 3, 100, 100).bfloat16()
-    explanation = tiny.model.bfloat16().explain(images)[0]
+    explanation = tiny.bfloat16().explain(images)[0]
     picture = to_picture(images[0], [0.5] * 3, [0.5] * 3)
     plot_explanation(explanation, picture, tiny.visualizer._examples).savefig(io.BytesIO(), format="png")
     assert 0.5 + float(explanation.contributions.sum()) == pytest.approx(explanation.score, abs=0.02)
@@ -365,7 +365,7 @@ def test_exports_hold_no_training_images(tiny: SPG, mvtec: Path, tmp_path: Path)
     engine(tmp_path).fit(trained, datamodule=data(mvtec))
     kept = Examples.load(next(tmp_path.rglob("examples.safetensors"))).images
     assert kept
-    assert trained.model.examples is None
+    assert trained.examples is None
     assert trained.visualizer._examples.images.items() >= kept.items()
     for model in (trained, tiny):
         file = io.BytesIO()
@@ -377,7 +377,7 @@ def test_off_costs_nothing() -> None:
     """Without the visualizer no image is kept and nothing listens to the backbone."""
     model = SPG(backbone="vit_tiny_patch16_224", layers=[5], pre_trained=False, image_size=64)
     assert not isinstance(model.visualizer, ExplanationVisualizer)
-    assert model.model.examples is None
+    assert model.examples is None
     assert not model.model.backbone._forward_hooks
 
 
@@ -390,7 +390,7 @@ def test_faithfulness(spg: Path, quickstart: Path) -> None:
         return [transform(read_image(path, as_tensor=True))[None] for path in sorted((folder / name).iterdir())[:count]]
 
     weights = quickstart / "dinov2_vits14.safetensors"
-    by_atoms = SPGModel(guides=spg / "weights" / "guides.safetensors", weights=weights).eval()
+    by_atoms = SPGModel(guides_file=spg / "weights" / "guides.safetensors", weights=weights).eval()
     by_neurons = LAKEModel(BACKBONE, weights=weights, image_size=(448, 448))
     with torch.no_grad():
         by_neurons.train()(torch.cat(images("train/good", 4)))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""One HTML page over explained images, from one run or many: ``python -m anomalib_spg.report results``.
+"""One HTML page over explained images, from one run or many: ``python -m anomalib_spg.explanations.report results``.
 
 It opens without internet: styles, scripts and records are inside, pictures are files beside it.
 """
@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from .figures import plot_usage
+from .categories import plot_overlap, plot_usage
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +75,7 @@ def write_report(folder: str | Path, name: str = "index.html") -> Path:
         base = Path(os.path.relpath(path, folder)).as_posix()
         where = "" if base == "." else f"{base}/"
         images += [
-            image
-            | {"model": run["model"], "unit": run["unit"]}
-            | {key: where + image[key] for key in ("picture", "thumbnail")}
+            image | {"model": run["model"]} | {key: where + image[key] for key in ("picture", "thumbnail")}
             for image in run["images"]
         ]
         figures += [
@@ -85,7 +83,7 @@ def write_report(folder: str | Path, name: str = "index.html") -> Path:
             for title, file in run["figures"].items()
         ]
     figures += _common_figures(folder, list(newest.values()))
-    page = files("anomalib_spg").joinpath("report.html").read_text(encoding="utf-8")
+    page = files(__package__).joinpath("report.html").read_text(encoding="utf-8")
     data = json.dumps({"images": images, "figures": figures}).replace("<", "\\u003c")
     path = folder / name
     path.write_text(page.replace("{{data}}", data), encoding="utf-8")
@@ -97,8 +95,8 @@ def _common_figures(folder: Path, runs: list[tuple[Path, dict[str, Any]]]) -> li
     figures = []
     by_guides: dict[str, list[dict[str, Any]]] = {}
     for _, run in runs:
-        if run["unit"] == "atom":
-            by_guides.setdefault(run["learned"], []).extend(run["images"])
+        by_atoms = [image for image in run["images"] if image["unit"] == "atom"]
+        by_guides.setdefault(run["learned"], []).extend(by_atoms)
     for learned, images in by_guides.items():
         categories = sorted({image["category"] for image in images if image["rejected"]})
         if len(categories) > 1:
@@ -107,8 +105,6 @@ def _common_figures(folder: Path, runs: list[tuple[Path, dict[str, Any]]]) -> li
             figures.append({"title": title, "file": f"atoms_{learned}.png"})
     products = {run["category"]: run["neurons"] for _, run in runs if any(run.get("neurons", {}).values())}
     if len(products) > 1:
-        from anomalib_lake.figures import plot_overlap
-
         plot_overlap(products).savefig(folder / "neurons.png", dpi=90)
         figures.append({"title": "sensitive neurons that products share", "file": "neurons.png"})
     return figures

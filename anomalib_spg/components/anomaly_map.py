@@ -9,6 +9,22 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 
+def to_pixels(patch_map: torch.Tensor, patch_size: int, image_size: tuple[int, int]) -> torch.Tensor:
+    """Upsample a map over patches bilinearly to the pixels the patches cover, and cut off what was padded.
+
+    Args:
+        patch_map (torch.Tensor): Map ``(B, h, w)``.
+        patch_size (int): Side of a patch in pixels.
+        image_size (tuple[int, int]): Height and width of the image.
+
+    Returns:
+        torch.Tensor: Map ``(B, H, W)``.
+    """
+    height, width = patch_map.shape[-2] * patch_size, patch_map.shape[-1] * patch_size
+    pixels = F.interpolate(patch_map[:, None], (height, width), mode="bilinear", align_corners=False)[:, 0]
+    return pixels[:, : image_size[0], : image_size[1]]
+
+
 class AnomalyMapGenerator(nn.Module):
     """Bilinear upsampling followed by Gaussian smoothing.
 

@@ -4,70 +4,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from einops import rearrange
 from torch.nn import functional as F  # noqa: N812
 
+from .explanations.explanation import Explanation
+
 if TYPE_CHECKING:
-    from .backbone import Tokens
+    from .components.backbone import Tokens
     from .torch_model import SPGModel
-
-
-@dataclass
-class Explanation:
-    """The score of one image, split into parts: ``score = base + contributions.sum() + sum(other.values())``.
-
-    Attributes:
-        unit (str): What the parts are: ``"atom"``, ``"neuron"``, or ``"component"`` of neurons.
-        score (float): Raw score of the image, in [0, 1].
-        base (float): What is left of it without any part.
-        blocks (torch.Tensor): 0-based block each part belongs to ``(n,)``.
-        units (torch.Tensor): Atom (row of the block's dictionary) or neuron (channel) of each part ``(n,)``.
-        contributions (torch.Tensor): What each part adds to the score, negative ones too ``(n,)``.
-        maps (torch.Tensor): What each part adds to the patches of the anomaly map, before smoothing ``(n, h, w)``.
-        anomaly_map (torch.Tensor): The anomaly map ``(H, W)``, in [0, 1].
-        peak (tuple[int, int]): Row and column of the patch the score comes from most.
-        other (dict[str, float]): What the score owes to anything but the parts, by name.
-        opposed (torch.Tensor | None): Atoms that push to normal and add to the score because the image points away from
-            them ``(n,)`` (SPG, where only the map makes the score).
-        nearest (tuple[int, int, int] | None): Number of the normal image the peak was compared with, number of the
-            patch in it, and side of the window in patches (LAKE).
-    """
-
-    unit: str
-    score: float
-    base: float
-    blocks: torch.Tensor
-    units: torch.Tensor
-    contributions: torch.Tensor
-    maps: torch.Tensor
-    anomaly_map: torch.Tensor
-    peak: tuple[int, int]
-    other: dict[str, float] = field(default_factory=dict)
-    opposed: torch.Tensor | None = None
-    nearest: tuple[int, int, int] | None = None
-
-    @property
-    def shares(self) -> torch.Tensor:
-        """Share of each part in all that speaks for an anomaly ``(n,)``; 0 for parts that speak against."""
-        for_anomaly = self.contributions.clamp(min=0)
-        return for_anomaly / (for_anomaly.sum() + sum(max(0.0, value) for value in self.other.values())).clamp(
-            min=1e-12
-        )
-
-    def top(self, count: int = 5) -> list[int]:
-        """Indices of the parts that add most, the largest first; only parts that speak for an anomaly.
-
-        Args:
-            count (int): At most so many. Defaults to 5.
-
-        Returns:
-            list[int]: Indices into the parts.
-        """
-        order = self.contributions.argsort(descending=True)[:count]
-        return order[self.contributions[order] > 0].tolist()
 
 
 @torch.no_grad()
@@ -106,7 +53,8 @@ def explain(model: SPGModel, tokens: Tokens, image_size: tuple[int, int]) -> lis
     maps = [_terms(patches, guides.atoms, guides.local_strengths(), model.temperature) for guides, patches in layers]
     maps = torch.cat(maps, dim=2) / len(layers)
     probability = 0.5 + maps.sum(dim=2)
-    anomaly_map = model.anomaly_map_generator(probability.unflatten(1, tokens.grid), image_size)[:, 0]
+    patch_map = rearrange(probability, "b (h w) -> b h w", h=tokens.grid[0])
+    anomaly_map = model.anomaly_map_generator(patch_map, image_size)[:, 0]
     pixel_weights = _pixel_weights(model, anomaly_map)
     patch_weights = model.anomaly_map_generator.patch_weights(pixel_weights, tokens.grid).flatten(1)
     contributions = torch.einsum("bnc,bn->bc", maps, patch_weights)
@@ -135,7 +83,7 @@ def explain(model: SPGModel, tokens: Tokens, image_size: tuple[int, int]) -> lis
             blocks=blocks,
             units=units,
             contributions=contributions[i].float().cpu(),
-            maps=maps[i].T.unflatten(1, tokens.grid).float().cpu(),
+            maps=rearrange(maps[i], "(h w) atom -> atom h w", h=tokens.grid[0]).float().cpu(),
             anomaly_map=anomaly_map[i].float().cpu(),
             opposed=None if model.cls_weight > 0 else (contributions[i] > 0).cpu() & pushes_to_normal,
             peak=divmod(int((patch_weights[i] * probability[i]).argmax()), tokens.grid[1]),

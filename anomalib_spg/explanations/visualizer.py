@@ -18,9 +18,10 @@ from anomalib.visualization import ImageVisualizer
 from lightning.pytorch import Trainer
 from PIL import Image, ImageOps
 
-from .backbone import Tokens
+from anomalib_spg.components.backbone import Tokens
+
 from .examples import Examples, to_picture
-from .explanation import Explanation
+from .explanation import ExplainableModel, Explanation
 from .figures import decision, heatmap, plot_explanation
 from .report import RECORDS, write_report
 
@@ -86,7 +87,7 @@ class ExplanationVisualizer(ImageVisualizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the training images and what belongs to one run out of an exported model."""
-        return {**super().__getstate__(), "_examples": None, "_hook": None, "_tokens": None, "_records": []}
+        return {**self.__dict__, "_examples": None, "_hook": None, "_tokens": None, "_records": []}
 
     def setup(self, trainer: Trainer, pl_module: AnomalibModule, stage: str) -> None:
         """Refuse what cannot work before it takes time.
@@ -96,7 +97,7 @@ class ExplanationVisualizer(ImageVisualizer):
             ValueError: If the examples file cannot be read.
         """
         del trainer, stage
-        if not hasattr(pl_module.model, "explain"):
+        if not isinstance(pl_module, ExplainableModel):
             msg = (
                 f"ExplanationVisualizer explains SPG and LAKE, not {type(pl_module).__name__}. Leave the visualizer "
                 "out, or take anomalib.visualization.ImageVisualizer."
@@ -109,12 +110,12 @@ class ExplanationVisualizer(ImageVisualizer):
     def on_fit_start(trainer: Trainer, pl_module: AnomalibModule) -> None:
         """Keep training images from now on."""
         del trainer
-        if getattr(pl_module, "guides", None) is None:  # else nothing is learned
-            pl_module.model.examples = Examples(patch_size=pl_module.model.backbone.patch_size)
+        if getattr(pl_module, "guides_file", None) is None:  # else nothing is learned
+            pl_module.examples = Examples(patch_size=pl_module.model.backbone.patch_size)
 
     def on_fit_end(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
         """Leave the kept images beside the guides, and take them from the model, which may be exported."""
-        examples, pl_module.model.examples = pl_module.model.examples, None
+        examples, pl_module.examples = pl_module.examples, None
         if examples is None or not examples.images:
             return
         if trainer.is_global_zero:
@@ -157,8 +158,8 @@ class ExplanationVisualizer(ImageVisualizer):
         if trainer.ckpt_path:  # weights/lightning/model.ckpt, or moved together
             folders += list(Path(trainer.ckpt_path).absolute().parents)[:2]
             self._examples = None
-        if getattr(pl_module, "guides", None) is not None:
-            folders.append(Path(pl_module.guides).absolute().parent)
+        if getattr(pl_module, "guides_file", None) is not None:
+            folders.append(Path(pl_module.guides_file).absolute().parent)
         for path in (folder / EXAMPLES for folder in folders):
             if path.is_file():
                 try:
@@ -189,7 +190,7 @@ class ExplanationVisualizer(ImageVisualizer):
                 [pooled[index : index + 1] for pooled in self._tokens.pooled],
                 self._tokens.grid,
             )
-            explanation = pl_module.model.explain(batch.image[index : index + 1], tokens)[0]
+            explanation = pl_module.explain(batch.image[index : index + 1], tokens)[0]
             self._write(trainer, pl_module, batch, index, explanation, rejected[index])
 
     def _write(
@@ -227,6 +228,7 @@ class ExplanationVisualizer(ImageVisualizer):
             "category": _category(trainer) or source.parent.name,
             "name": _printable(f"{source.parent.name}/{source.name}"),
             "path": _printable(str(source)),
+            "unit": explanation.unit,
             "score": explanation.score,
             "threshold": threshold,
             "rejected": rejected,
@@ -257,22 +259,18 @@ class ExplanationVisualizer(ImageVisualizer):
             return
         # Where processes share the images unevenly, some are seen twice.
         records = {record["path"]: record for records in of_processes for record in records}
-        model = pl_module.model
         figures = {}
-        for name, (title, figure) in model.figures(self._examples).items():
+        for name, (title, figure) in pl_module.figures(self._examples).items():
             figure.savefig(self._folder / f"{name}.jpg", dpi=DPI, pil_kwargs={"quality": 85})
             figures[title] = f"{name}.jpg"
         run = {
             "model": type(pl_module).__name__,
-            "unit": "neuron" if hasattr(model, "neurons") else "atom",
             "category": _category(trainer) or self._folder.parent.parent.name,
             "figures": figures,
-            "learned": _digest(model),
+            "learned": _digest(pl_module.model),
+            "neurons": pl_module.chosen_neurons(),
             "images": list(records.values()),
         }
-        if hasattr(model, "neurons"):
-            chosen = zip(model.layers, model.neurons, strict=True)
-            run["neurons"] = {block: neurons.indices.tolist() for block, neurons in chosen}
         (self._folder / RECORDS).write_text(json.dumps(run, indent=1), encoding="utf-8")
         logger.info("%d images explained: open %s.", len(records), write_report(self._folder))
 

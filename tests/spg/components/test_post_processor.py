@@ -8,8 +8,8 @@ from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.post_processing import PostProcessor
 from sklearn.metrics import roc_auc_score
 
-from anomalib_spg.evaluator import default_evaluator
-from anomalib_spg.post_processor import OrderPreservingPostProcessor
+from anomalib_spg.components.evaluator import default_evaluator
+from anomalib_spg.components.post_processor import OrderPreservingPostProcessor
 
 
 def batch(scores: torch.Tensor, labels: torch.Tensor) -> ImageBatch:

@@ -7,13 +7,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from einops import rearrange
 
-from anomalib_spg.explanation import Explanation
+from anomalib_spg.explanations.explanation import Explanation
 
 from .bank import average_neighbors
 
 if TYPE_CHECKING:
-    from anomalib_spg.backbone import Tokens
+    from anomalib_spg.components.backbone import Tokens
 
     from .torch_model import LAKEModel
 
@@ -37,7 +38,7 @@ def explain(model: LAKEModel, tokens: Tokens, image_size: tuple[int, int]) -> li
 
     Example:
         >>> from anomalib_lake import LAKEModel
-        >>> model = LAKEModel("vit_tiny_patch16_224", layers=[5], pre_trained=False, neurons=20)
+        >>> model = LAKEModel("vit_tiny_patch16_224", layers=[5], pre_trained=False, num_neurons=20)
         >>> _ = model.train()(torch.randn(2, 3, 64, 64))
         >>> model.fit()
         >>> images = torch.randn(1, 3, 64, 64)
@@ -78,7 +79,11 @@ def _explain_image(
             squares = (x - bank.tokens[match]).square()
             distance = squares.sum(dim=1, keepdim=True).sqrt()
             # distance = sum of squares / distance
-            found.append((squares / distance.clamp(min=1e-12) / bank.scale, distance[:, 0] / bank.scale, match))
+            found.append((
+                squares / distance.clamp(min=1e-12) / bank.distance_scale,
+                distance[:, 0] / bank.distance_scale,
+                match,
+            ))
         for collected, values in zip((splits, distances, matches), zip(*found, strict=True), strict=True):
             collected.append(torch.stack(values, dim=1))
     deviations = torch.stack(distances).mean(dim=2)  # (S, N)
@@ -96,6 +101,7 @@ def _explain_image(
     bank = model.banks[layer][scale]
     match = matches[scale][peak, layer]
     numbers = [neurons.indices if len(neurons.indices) else torch.arange(neurons.count) for neurons in model.neurons]
+    patch_map = rearrange(anomaly, "(h w) -> 1 h w", h=grid[0])
     return Explanation(
         unit="component" if model.neurons[0].selection == "pca" else "neuron",
         score=float(anomaly[peak]),
@@ -103,9 +109,9 @@ def _explain_image(
         blocks=torch.tensor(model.layers).repeat_interleave(split.shape[2]),
         units=torch.cat([indices.cpu() for indices in numbers]),
         contributions=maps[peak].float().cpu(),
-        maps=maps.T.unflatten(1, grid).float().cpu(),
-        anomaly_map=model.anomaly_map_generator(anomaly.unflatten(0, grid)[None], image_size)[0, 0].float().cpu(),
+        maps=rearrange(maps, "(h w) part -> part h w", h=grid[0]).float().cpu(),
+        anomaly_map=model.anomaly_map_generator(patch_map, image_size)[0, 0].float().cpu(),
         peak=divmod(peak, grid[1]),
         other={} if text is None else {"text": float(model.text_weight * text[peak])},
-        nearest=(int(bank.images[match]), int(bank.positions[match]), model.scales[scale]),
+        nearest=(int(bank.image_indices[match]), int(bank.patch_indices[match]), model.scales[scale]),
     )

@@ -2,29 +2,21 @@
 
 """Training images kept for explanations, and where in them the atoms fire most."""
 
-from __future__ import annotations
-
 import io
 import logging
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.nn import functional as F  # noqa: N812
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from .guides import Guides
+from anomalib_spg.components.files import load_tensors, save_tensors
 
 logger = logging.getLogger(__name__)
 
-FILE_FORMAT = "anomalib_spg.examples"
+FILE_FORMAT = "anomalib_spg.explanations.examples"
 
 
 def to_picture(image: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
@@ -113,26 +105,34 @@ class Examples:
                 self._sources[number] = names[number - start].rpartition("#")[0] or names[number - start]
 
     @torch.no_grad()
-    def find(self, block: int, guides: Guides, patches: Sequence[torch.Tensor], count: int = 4) -> None:
-        """Find where the atoms in use fire most: one product per kept image, no pass through the backbone.
+    def find(
+        self,
+        block: int,
+        atoms: torch.Tensor,
+        atom_indices: torch.Tensor,
+        patches: Sequence[torch.Tensor],
+        count: int = 4,
+    ) -> None:
+        """Find each atom's max-activating patches: one product per kept image, no pass through the backbone.
 
         Args:
-            block (int): Block the guides belong to.
-            guides (Guides): Guides with their atoms.
+            block (int): Block the atoms belong to.
+            atoms (torch.Tensor): Unit-norm atoms ``(n, D)``.
+            atom_indices (torch.Tensor): Their rows in the dictionary ``(n,)``.
             patches (Sequence[torch.Tensor]): Patch tokens ``(N, D)`` of every training image.
             count (int): Examples per atom, each of another image, not only of another view. Defaults to 4.
         """
         numbers = sorted(self.images)
-        if not numbers or not len(guides.atoms):
+        if not numbers or not len(atoms):
             return
-        device = guides.atoms.device
+        device = atoms.device
         best = []
         for number in numbers:
             tokens = F.normalize(patches[number].to(device, torch.float32), dim=1)
-            best.append((tokens @ guides.atoms.T).max(dim=0))
+            best.append((tokens @ atoms.T).max(dim=0))
         values, positions = (torch.stack(parts) for parts in zip(*best, strict=True))
         order, positions = values.argsort(dim=0, descending=True).cpu(), positions.cpu()
-        for column, atom in enumerate(guides.atom_indices.tolist()):
+        for column, atom in enumerate(atom_indices.tolist()):
             of_sources: dict[int | str, tuple[int, int]] = {}
             for row in order[:, column].tolist():
                 number = numbers[row]
@@ -188,20 +188,15 @@ class Examples:
         tensors["grid"] = torch.tensor([*self.grid, self.patch_size])
         for (block, atom), places in self.patches.items():
             tensors[f"atom.{block}.{atom}"] = torch.tensor(places)
-        temporary = path.with_name(f".{path.name}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary, {"format": FILE_FORMAT})
-            temporary.replace(path)
-        except (OSError, SafetensorError) as exception:
+            save_tensors(path, tensors, {"format": FILE_FORMAT})
+        except OSError as exception:
             logger.warning("Explanations will lack examples: could not write '%s' (%s).", path, exception)
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
             return None
         return path
 
     @classmethod
-    def load(cls, path: str | Path) -> Examples:
+    def load(cls, path: str | Path) -> "Examples":
         """Read a file written by :meth:`save`.
 
         Args:
@@ -214,10 +209,8 @@ class Examples:
             ValueError: If the file cannot be read or holds something else.
         """
         try:
-            with safe_open(str(path), framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-        except (OSError, SafetensorError) as exception:
+            tensors, header = load_tensors(path)
+        except OSError as exception:
             msg = f"Cannot read the examples file '{path}': {exception}. Train again with ExplanationVisualizer."
             raise ValueError(msg) from exception
         if header.get("format") != FILE_FORMAT:

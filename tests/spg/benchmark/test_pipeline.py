@@ -18,9 +18,8 @@ from anomalib.data import MVTecAD
 from anomalib.models.image.patchcore.torch_model import PatchcoreModel
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from anomalib_spg.benchmark import Benchmark, BenchmarkJob, BenchmarkJobGenerator, expand, main
-from tests.conftest import REPOSITORY
-from tests.spg.test_plugin import fake_distribution
+from anomalib_spg.benchmark.pipeline import Benchmark, BenchmarkJob, BenchmarkJobGenerator, expand, main
+from tests.helpers import REPOSITORY, fake_distribution
 
 SPG = {"backbone": "vit_tiny_patch16_224", "pre_trained": False, "layers": [2], "image_size": 64}
 SPG |= {"num_atoms": 32, "k": 4, "sae_epochs": 1, "guide_epochs": 1}
@@ -231,7 +230,7 @@ def test_which_jobs_share_guides(change: dict[str, Any], same: bool) -> None:
     assert (guides(**change) == guides()) == same
     assert guides(category="grass") == guides()
     assert guides(seed=1) != guides()
-    assert guides(guides="file.safetensors") is None
+    assert guides(guides_file="file.safetensors") is None
 
 
 def test_metrics_are_those_of_raw_scores(mvtec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +288,7 @@ def test_mistakes_in_the_config_are_named(
 ) -> None:
     """Before anything runs."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("anomalib_spg.benchmark._log_to", lambda _: None)
+    monkeypatch.setattr("anomalib_spg.benchmark.pipeline._log_to", lambda _: None)
     Path("table.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["benchmark", "--config", "table.yaml"])
     with pytest.raises(SystemExit, match=message):
@@ -298,7 +297,7 @@ def test_mistakes_in_the_config_are_named(
 
 def test_results_of_something_else_are_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A results.csv without keys is not ours to extend."""
-    monkeypatch.setattr("anomalib_spg.benchmark._log_to", lambda _: None)
+    monkeypatch.setattr("anomalib_spg.benchmark.pipeline._log_to", lambda _: None)
     (tmp_path / "results.csv").write_text("a,b\n1,2\n")
     config = {"seed": 0, "model": {"class_path": "LAKE"}, "data": {"class_path": "Visa"}}
     (tmp_path / "table.yaml").write_text(yaml.safe_dump({"accelerator": "cpu", "benchmark": config}))

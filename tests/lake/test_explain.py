@@ -9,12 +9,13 @@ import torch
 
 from anomalib_lake import LAKEModel
 from anomalib_lake.bank import average_neighbors
-from tests.lake.conftest import TINY, TINY_CLIP
+from anomalib_lake.explain import explain
+from tests.helpers import TINY, TINY_CLIP
 
 
 def fitted(**arguments: object) -> LAKEModel:
     """A model with a bank of two random images."""
-    model = LAKEModel(**{"backbone": TINY, "layers": [3, 6], "pre_trained": False, "neurons": 20, **arguments})
+    model = LAKEModel(**{"backbone": TINY, "layers": [3, 6], "pre_trained": False, "num_neurons": 20, **arguments})
     with torch.no_grad():
         model.train()(torch.randn(2, 3, 96, 128))
     model.fit("part")
@@ -26,7 +27,7 @@ def check_sum(model: LAKEModel) -> None:
     images = torch.randn(3, 3, 96, 128)
     with torch.no_grad():
         expected = model(images)
-    for index, explanation in enumerate(model.explain(images)):
+    for index, explanation in enumerate(explain(model, model.backbone(images), images.shape[-2:])):
         total = explanation.base + explanation.contributions.sum() + sum(explanation.other.values())
         torch.testing.assert_close(total, expected.pred_score[index], atol=1e-5, rtol=0)
         torch.testing.assert_close(explanation.anomaly_map, expected.anomaly_map[index, 0], atol=1e-5, rtol=0)
@@ -56,7 +57,7 @@ def test_neurons_and_text_sum_to_score(clip_file: Path) -> None:
     """With text, whose part is its weight times the semantic activation of the highest patch."""
     model = fitted(backbone=TINY_CLIP, weights=clip_file, pre_trained=True, text_weight=0.4, layers=[3, 6])
     check_sum(model)
-    explanation = model.explain(torch.randn(1, 3, 96, 128))[0]
+    explanation = explain(model, model.backbone(torch.randn(1, 3, 96, 128)), (96, 128))[0]
     assert 0 < explanation.other["text"] < 0.4
 
 
@@ -65,7 +66,7 @@ def test_shares_are_those_of_the_squared_distance() -> None:
     """One block and one scale: recomputed from tokens and bank, the nearest patch by brute force."""
     model = fitted(layers=[5], scales=[1])
     images = torch.randn(1, 3, 96, 128)
-    explanation = model.explain(images)[0]
+    explanation = explain(model, model.backbone(images), images.shape[-2:])[0]
     x = model.neurons[0](model.backbone(images).patches[0])[0]
     bank = model.banks[0][0]
     distances = (x[:, None] - bank.tokens[None]).square().sum(dim=2)
@@ -75,7 +76,7 @@ def test_shares_are_those_of_the_squared_distance() -> None:
     torch.testing.assert_close(explanation.shares, squares / squares.sum(), atol=1e-5, rtol=0)
     assert explanation.units.tolist() == model.neurons[0].indices.tolist()
     assert explanation.peak == divmod(peak, 8)
-    assert explanation.nearest == (int(bank.images[match]), int(bank.positions[match]), 1)
+    assert explanation.nearest == (int(bank.image_indices[match]), int(bank.patch_indices[match]), 1)
 
 
 @torch.no_grad()
@@ -86,7 +87,7 @@ def test_nearest_patch_is_that_of_the_block_and_scale_that_decide() -> None:
     for seed in range(8):
         images = torch.randn(1, 3, 96, 128, generator=torch.Generator().manual_seed(seed))
         images[:, :, 32:64] *= 1 + seed
-        explanation = model.explain(images)[0]
+        explanation = explain(model, model.backbone(images), images.shape[-2:])[0]
         peak = explanation.peak[0] * 8 + explanation.peak[1]
         tokens, grid = model.tokens(images)
         found = {}
@@ -94,9 +95,9 @@ def test_nearest_patch_is_that_of_the_block_and_scale_that_decide() -> None:
             for number, scale in enumerate(model.scales):
                 neurons, bank = model.neurons[layer], model.banks[layer][number]
                 x = neurons.normalize(average_neighbors(neurons.project(tokens[block]), grid, scale))[0, peak]
-                distances = (x - bank.tokens).norm(dim=1) / bank.scale
+                distances = (x - bank.tokens).norm(dim=1) / bank.distance_scale
                 match = int(distances.argmin())
-                place = (int(bank.images[match]), int(bank.positions[match]), scale)
+                place = (int(bank.image_indices[match]), int(bank.patch_indices[match]), scale)
                 found[number, layer] = (float(distances.min()), place)
         scale = max(range(2), key=lambda s: found[s, 0][0] + found[s, 1][0])
         layer = max(range(2), key=lambda b: found[scale, b][0])

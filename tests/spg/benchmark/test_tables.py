@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from anomalib_spg.results_table import Table, make_tables, read_results, results_table, to_latex
+from anomalib_spg.benchmark.tables import Table, make_tables, read_results, results_table, to_latex
 
 HEADER = (
     "seed,model.class_path,model.init_args.k_shot,data.class_path,data.init_args.category,image_AUROC,pixel_AUPRO\n"
@@ -140,7 +140,7 @@ def test_what_is_no_result_is_named(content: str | None, message: str, tmp_path:
 def test_command(tmp_path: Path) -> None:
     """Prints the tables; an error is one line and a failing exit status."""
     path = write(tmp_path / "results.csv")
-    command = [sys.executable, "-m", "anomalib_spg.results_table"]
+    command = [sys.executable, "-m", "anomalib_spg.benchmark.tables"]
     done = subprocess.run([*command, path, "--format", "latex"], capture_output=True, text=True, check=True)
     assert done.stdout == results_table(read_results(path), "latex") + "\n"
     done = subprocess.run([*command, tmp_path / "gone.csv"], capture_output=True, text=True, check=False)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from anomalib_spg import SPGModel
-from anomalib_spg.examples import Examples, to_picture
+from anomalib_spg import GuideSettings, SPGModel
+from anomalib_spg.explanations.examples import Examples, to_picture
 from anomalib_spg.guides import Guides
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.2, 0.2]
@@ -55,7 +55,7 @@ def test_examples_are_where_atoms_fire_most(tmp_path: Path) -> None:
     tokens = [torch.rand(6, 2) + 1 for _ in range(3)]
     tokens[2][4] = torch.tensor([9.0, 0.0])  # most along the first axis
     tokens[0][1] = torch.tensor([50.0, 10.0])  # longer, but less along it
-    examples.find(6, guides, tokens, count=2)
+    examples.find(6, guides.atoms, guides.atom_indices, tokens, count=2)
     assert examples.patches[6, 5] == [(2, 4), (0, 1)]
     restored = Examples.load(examples.save(tmp_path / "weights" / "examples.safetensors"))
     assert restored.patches == examples.patches
@@ -72,7 +72,7 @@ def test_views_of_an_image_count_once() -> None:
     examples.add(torch.zeros(3, 3, 32, 32), MEAN, STD, names=["a.png#0", "a.png#1", "b#c.png#0"])
     guides = Guides(dim=2)
     guides.set(torch.eye(2)[:1], torch.tensor([5]), torch.ones(4, 1))
-    examples.find(6, guides, [torch.tensor([[x, 1.0]]) for x in (2.0, 3.0, 1.0)], count=2)
+    examples.find(6, guides.atoms, guides.atom_indices, [torch.tensor([[x, 1.0]]) for x in (2.0, 3.0, 1.0)], count=2)
     assert examples.patches[6, 5] == [(1, 0), (2, 0)]
 
 
@@ -94,14 +94,16 @@ def test_what_is_learned_does_not_depend_on_them() -> None:
     vectors = []
     for examples in (None, Examples(limit=2, patch_size=16)):
         torch.manual_seed(0)
-        model = SPGModel(
-            "vit_tiny_patch16_224", layers=[5], pre_trained=False, num_atoms=32, k=4, sae_epochs=2, guide_epochs=2
-        )
-        model.examples = examples
+        model = SPGModel("vit_tiny_patch16_224", layers=[5], pre_trained=False)
         masks = torch.zeros(4, 64, 64)
         masks[:2, :32, :32] = 1
-        model.train()(torch.randn(4, 3, 64, 64), masks)
-        model.fit()
+        images = torch.randn(4, 3, 64, 64)
+        model.train()(images, masks)
+        learned = []
+        if examples is not None:
+            examples.add(images, MEAN, STD)
+            learned = [lambda block, own, patches: examples.find(block, own.atoms, own.atom_indices, patches)]  # noqa: B023
+        model.fit(GuideSettings(num_atoms=32, k=4, sae_epochs=2, guide_epochs=2), lambda *_: None, *learned)
         vectors.append(model.guides[0].vectors)
     assert torch.equal(*vectors)
     assert len(examples.images) == 2
@@ -112,7 +114,7 @@ def test_a_full_disk_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFi
     """The run goes on."""
     examples = Examples()
     examples.add(image(0.5), MEAN, STD)
-    with patch("anomalib_spg.examples.save_file", side_effect=OSError("No space left on device")):
+    with patch("anomalib_spg.components.files.save_file", side_effect=OSError("No space left on device")):
         assert examples.save(tmp_path / "examples.safetensors") is None
     assert "No space left" in caplog.text
 

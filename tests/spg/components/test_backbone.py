@@ -11,9 +11,9 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from anomalib_spg.backbone import Backbone
+from anomalib_spg.components.backbone import Backbone
+from tests.helpers import TINY
 
-TINY = "vit_tiny_patch16_224"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -135,7 +135,7 @@ def test_unreachable_hub_says_what_to_do() -> None:
 def test_restoring_never_fetches() -> None:
     """Weights that come with a state dict make the hub needless; building alone never asks for it."""
     state = Backbone(TINY, pre_trained=False).state_dict()
-    with patch("anomalib_spg.backbone.timm.create_model", wraps=timm.create_model) as create:
+    with patch("anomalib_spg.components.backbone.timm.create_model", wraps=timm.create_model) as create:
         backbone = Backbone(TINY)
         backbone.load_state_dict(state)
         backbone(torch.randn(1, 3, 32, 32))

@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_spg import SPGModel
-from anomalib_spg.backbone import Tokens
+from anomalib_spg.components.backbone import Tokens
+from anomalib_spg.explain import explain
 from anomalib_spg.guides import Guides
 
 
@@ -40,7 +41,7 @@ def test_atoms_sum_to_score_and_map(arguments: dict[str, object]) -> None:
     model = model_with_guides(**arguments)
     images = torch.randn(3, 3, 60, 90)
     expected = model(images)
-    for index, explanation in enumerate(model.explain(images)):
+    for index, explanation in enumerate(explain(model, model.backbone(images), images.shape[-2:])):
         total = explanation.base + explanation.contributions.sum() + sum(explanation.other.values())
         torch.testing.assert_close(total, expected.pred_score[index], atol=1e-5, rtol=0)
         assert explanation.score == pytest.approx(float(expected.pred_score[index]), abs=1e-6)
@@ -57,7 +58,7 @@ def test_values_by_hand() -> None:
     axes = torch.tensor([[1.0, 0], [0, 2], [3, 0], [0, 4]])  # norms must not matter
     model.guides[0].set(torch.eye(2), torch.tensor([7, 9]), axes)
     patches = torch.tensor([[[3.0, 4.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]])
-    explanation = model.explain(torch.zeros(1, 3, 32, 32), Tokens([patches], [], (2, 2)))[0]
+    explanation = explain(model, Tokens([patches], [], (2, 2)), (32, 32))[0]
     probability = 1 / (1 + math.exp(-2))
     assert explanation.units.tolist() == [7, 9]
     assert explanation.peak == (0, 0)
@@ -67,7 +68,7 @@ def test_values_by_hand() -> None:
     assert explanation.shares.tolist() == [0, 1]
     assert explanation.top(5) == [1]
     assert not explanation.opposed.any()
-    opposed = model.explain(torch.zeros(1, 3, 16, 16), Tokens([torch.tensor([[[-3.0, 4.0]]])], [], (1, 1)))[0].opposed
+    opposed = explain(model, Tokens([torch.tensor([[[-3.0, 4.0]]])], [], (1, 1)), (16, 16))[0].opposed
     assert opposed.tolist() == [True, False]  # the normal atom is turned away from, which adds
 
 
@@ -77,7 +78,7 @@ def test_no_preference_is_divided_too() -> None:
     model.guides[0] = Guides(dim=2)
     model.guides[0].set(torch.eye(2), torch.arange(2), torch.tensor([[1.0, 0], [0, 1], [1, 0], [0, 1]]))
     patches = torch.ones(1, 1, 2)
-    explanation = model.explain(torch.zeros(1, 3, 16, 16), Tokens([patches], [], (1, 1)))[0]
+    explanation = explain(model, Tokens([patches], [], (1, 1)), (16, 16))[0]
     term = math.sqrt(0.5) / 0.1 / 4
     torch.testing.assert_close(explanation.contributions, torch.tensor([-term, term]))
     assert explanation.score == pytest.approx(0.5)
@@ -85,10 +86,10 @@ def test_no_preference_is_divided_too() -> None:
 
 def test_free_vectors_are_their_own_atoms() -> None:
     """The control without a dictionary can be explained, too."""
-    model = SPGModel("vit_tiny_patch16_224", layers=[5], pre_trained=False, dictionary=False).eval()
+    model = SPGModel("vit_tiny_patch16_224", layers=[5], pre_trained=False).eval()
     model.guides[0].set(F.normalize(torch.randn(4, 192), dim=1), torch.arange(4), torch.eye(4))
     images = torch.randn(1, 3, 64, 64)
-    explanation = model.explain(images)[0]
+    explanation = explain(model, model.backbone(images), images.shape[-2:])[0]
     with torch.no_grad():
         expected = float(model(images).pred_score)
     assert 0.5 + float(explanation.contributions.sum()) == pytest.approx(expected, abs=1e-5)

@@ -7,8 +7,8 @@
 What it does beside ``anomalib benchmark``:
 
 - Models of all learning types run, and models with other arguments and metrics may stand in one file.
-- Every model is rated by the same metrics (:func:`anomalib_spg.evaluator.default_evaluator`) in the order of its raw
-  scores (:class:`anomalib_spg.post_processor.RawScorePostProcessor`).
+- Every model is rated by the same metrics (:func:`anomalib_spg.components.evaluator.default_evaluator`) in the order of
+  its raw scores (:class:`anomalib_spg.benchmark.post_processor.RawScorePostProcessor`).
 - Every finished job is in ``<output>/results.csv`` at once, and the same command goes on where it was interrupted. A
   failing job is named and the others still run.
 - SPG jobs that would learn the same guides learn them once, into ``<output>/guides``: those that differ only in the
@@ -19,9 +19,12 @@ Two things may be written that ``anomalib benchmark`` does not know: ``benchmark
 ``image_size:`` beside its ``init_args:``. Jobs run one after another on one device.
 """
 
+import dataclasses
 import hashlib
+import inspect
 import json
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -43,14 +46,24 @@ from anomalib.utils.logging import LoggerRedirectError, hide_output
 from jsonargparse import ArgumentParser, Namespace
 from lightning import seed_everything
 
-from .evaluator import default_evaluator
-from .post_processor import OrderPreservingPostProcessor, RawScorePostProcessor
-from .results_table import identify, read_results, results_table
+from anomalib_spg.components.backbone import Backbone
+from anomalib_spg.components.evaluator import default_evaluator
+from anomalib_spg.components.files import atomic_write
+from anomalib_spg.components.post_processor import OrderPreservingPostProcessor
+from anomalib_spg.settings import GuideSettings
+
+from .post_processor import RawScorePostProcessor
+from .tables import identify, read_results, results_table
 
 logger = logging.getLogger(__name__)
 
-# Arguments without effect on the guides that are learned.
-_INFERENCE_ONLY = ("image_score", "top_fraction", "cls_weight", "sigma", "memory_limit", "tokens_dir")
+# SPG's arguments that decide the guides: what the tokens are, and how guides are learned from them.
+_GUIDE_ARGUMENTS = {
+    "backbone",
+    *inspect.signature(Backbone).parameters,
+    *(field.name for field in dataclasses.fields(GuideSettings)),
+    *("views", "seed", "temperature", "pre_processor"),
+}
 _TARGET_ONLY = ("target", "target_args", "eval_batch_size", "num_workers")
 
 
@@ -102,7 +115,9 @@ class BenchmarkJob(Job):
             fit_start = time.time()
             engine.fit(model=model, datamodule=datamodule)
             if self.guides and not self.guides.exists():
-                _write(self.guides, (Path(engine.trainer.default_root_dir) / "weights/guides.safetensors").read_bytes())
+                learned = Path(engine.trainer.default_root_dir) / "weights" / "guides.safetensors"
+                with atomic_write(self.guides) as temporary:
+                    shutil.copyfile(learned, temporary)
             test_start = time.time()
             metrics = engine.test(model=model, datamodule=datamodule)[0]
         end = time.time()
@@ -114,7 +129,7 @@ class BenchmarkJob(Job):
     def _build_model(self) -> AnomalibModule:
         config = self.config["model"]
         if self.guides and self.guides.exists():
-            config = {**config, "init_args": {**config.get("init_args", {}), "guides": str(self.guides)}}
+            config = {**config, "init_args": {**config.get("init_args", {}), "guides_file": str(self.guides)}}
         model = get_model(config)
         size = config.get("image_size")
         if not isinstance(model.post_processor, OrderPreservingPostProcessor):
@@ -322,12 +337,12 @@ def training_config(config: dict[str, Any]) -> dict[str, Any] | None:
         {'seed': 0, 'model': {'k': 8}, 'data': {'class_path': 'AuxiliaryTarget', 'auxiliary': 'Visa'}}
     """
     arguments = config["model"].get("init_args", {})
-    if config["model"]["class_path"].split(".")[-1] != "SPG" or arguments.get("guides"):
+    if config["model"]["class_path"].split(".")[-1] != "SPG" or arguments.get("guides_file"):
         return None
     data = {"class_path": config["data"]["class_path"], **config["data"].get("init_args", {})}
     return {
         "seed": config["seed"],
-        "model": {name: value for name, value in arguments.items() if name not in _INFERENCE_ONLY},
+        "model": {name: value for name, value in arguments.items() if name in _GUIDE_ARGUMENTS},
         "data": {name: value for name, value in data.items() if name not in _TARGET_ONLY},
     }
 
@@ -366,15 +381,8 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
 
 def _append_row(path: Path, row: dict[str, Any]) -> None:
     texts = {name: "" if value is None else str(value) for name, value in row.items()}
-    _write(path, BenchmarkJob.collect([*_read_rows(path), texts]).to_csv(index=False).encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    with atomic_write(path) as temporary:
+        BenchmarkJob.collect([*_read_rows(path), texts]).to_csv(temporary, index=False)
 
 
 def main() -> None:
@@ -386,7 +394,3 @@ def main() -> None:
         sys.exit("\nInterrupted. The same command goes on with the jobs that are left.")
     except (OSError, RuntimeError, ValueError) as exception:
         sys.exit(f"error: {exception}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Files that are written whole or not at all, and safetensors files with a header."""
+
+import os
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Generator[Path, None, None]:
+    """Write a file under another name, and give it its own once it is complete.
+
+    Whatever goes wrong, a file of that name from before stays as it was, and nothing half-written is left.
+
+    Args:
+        path (str | Path): File to write; its folder is made.
+
+    Yields:
+        Path: Where to write.
+
+    Raises:
+        OSError: If it cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with atomic_write(f"{folder}/new/file.txt") as temporary:
+        ...         _ = temporary.write_text("whole")
+        ...     Path(f"{folder}/new/file.txt").read_text()
+        'whole'
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        with suppress(OSError):  # the error that brought us here says more
+            temporary.unlink(missing_ok=True)
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], header: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    Args:
+        path (str | Path): File to write; its folder is made.
+        tensors (Mapping[str, torch.Tensor]): Tensors on any device.
+        header (dict[str, str]): Texts to store beside them.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    with atomic_write(path) as temporary:
+        try:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, header)
+        except SafetensorError as exception:  # a full disk, for instance
+            raise OSError(str(exception)) from exception
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read a safetensors file. The tensors are memory-mapped.
+
+    Args:
+        path (str | Path): File.
+
+    Returns:
+        tuple[dict[str, torch.Tensor], dict[str, str]]: Tensors, and the texts stored beside them.
+
+    Raises:
+        OSError: If there is no such file or it is damaged.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as exception:
+        raise OSError(str(exception)) from exception

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What an explanation is: the score of an image, split exactly into the parts that made it."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import torch
+
+from anomalib_spg.components.backbone import Tokens
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from .examples import Examples
+
+
+@dataclass
+class Explanation:
+    """The score of one image, split into parts: ``score = base + contributions.sum() + sum(other.values())``.
+
+    Attributes:
+        unit (str): What the parts are: ``"atom"``, ``"neuron"``, or ``"component"`` of neurons.
+        score (float): Raw score of the image, in [0, 1].
+        base (float): What is left of it without any part.
+        blocks (torch.Tensor): 0-based block each part belongs to ``(n,)``.
+        units (torch.Tensor): Atom (row of the block's dictionary) or neuron (channel) of each part ``(n,)``.
+        contributions (torch.Tensor): What each part adds to the score, negative ones too ``(n,)``.
+        maps (torch.Tensor): What each part adds to the patches of the anomaly map, before smoothing ``(n, h, w)``.
+        anomaly_map (torch.Tensor): The anomaly map ``(H, W)``, in [0, 1].
+        peak (tuple[int, int]): Row and column of the patch the score comes from most.
+        other (dict[str, float]): What the score owes to anything but the parts, by name.
+        opposed (torch.Tensor | None): Atoms that push to normal and add to the score because the image points away from
+            them ``(n,)`` (SPG, where only the map makes the score).
+        nearest (tuple[int, int, int] | None): Number of the normal image the peak was compared with, number of the
+            patch in it, and side of the window in patches (LAKE).
+    """
+
+    unit: str
+    score: float
+    base: float
+    blocks: torch.Tensor
+    units: torch.Tensor
+    contributions: torch.Tensor
+    maps: torch.Tensor
+    anomaly_map: torch.Tensor
+    peak: tuple[int, int]
+    other: dict[str, float] = field(default_factory=dict)
+    opposed: torch.Tensor | None = None
+    nearest: tuple[int, int, int] | None = None
+
+    @property
+    def shares(self) -> torch.Tensor:
+        """Share of each part in all that speaks for an anomaly ``(n,)``; 0 for parts that speak against."""
+        for_anomaly = self.contributions.clamp(min=0)
+        return for_anomaly / (for_anomaly.sum() + sum(max(0.0, value) for value in self.other.values())).clamp(
+            min=1e-12
+        )
+
+    def top(self, count: int = 5) -> list[int]:
+        """Indices of the parts that add most, the largest first; only parts that speak for an anomaly.
+
+        Args:
+            count (int): At most so many. Defaults to 5.
+
+        Returns:
+            list[int]: Indices into the parts.
+        """
+        order = self.contributions.argsort(descending=True)[:count]
+        return order[self.contributions[order] > 0].tolist()
+
+
+@runtime_checkable
+class ExplainableModel(Protocol):
+    """What :class:`ExplanationVisualizer` asks of a Lightning model.
+
+    Attributes:
+        examples (Examples | None): Where the model keeps training images while it is fitted, if it is asked to.
+    """
+
+    examples: "Examples | None"
+
+    def explain(self, images: torch.Tensor, tokens: Tokens | None = None) -> list[Explanation]:
+        """Split the scores of normalised images ``(B, 3, H, W)``, from their tokens where those are at hand."""
+
+    def figures(self, examples: "Examples | None" = None) -> "dict[str, tuple[str, Figure]]":
+        """Draw the model: by a name fit for a file, titles and figures."""
+
+    def chosen_neurons(self) -> dict[int, list[int]]:
+        """Neurons the model compares, by block; empty where it has none."""
