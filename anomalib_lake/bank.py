@@ -33,7 +33,7 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
 
     Example:
         >>> bank = NormalityBank()
-        >>> bank.fit(torch.tensor([[[0.0, 0.0], [1.0, 0.0]], [[0.0, 2.0], [1.0, 2.0]]]), grid=(1, 2))
+        >>> _ = bank.fit(torch.tensor([[[0.0, 0.0], [1.0, 0.0]], [[0.0, 2.0], [1.0, 2.0]]]), grid=(1, 2))
         >>> bank.distance_scale
         tensor(2.)
         >>> bank(torch.tensor([[[0.0, 1.0], [1.0, 6.0]]]))
@@ -55,13 +55,17 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
         self.patch_indices: torch.Tensor
         self.distance_scale: torch.Tensor
 
-    def fit(self, tokens: torch.Tensor, grid: tuple[int, int], stride: int = 1) -> None:
+    def fit(self, tokens: torch.Tensor, grid: tuple[int, int], stride: int = 1) -> torch.Tensor:
         """Fill the bank.
 
         Args:
             tokens (torch.Tensor): Projected patch tokens of the normal images ``(I, N, K)``.
             grid (tuple[int, int]): Rows and columns of patches, ``N = rows * columns``.
             stride (int): Keep the tokens of every so many rows and columns only.
+
+        Returns:
+            torch.Tensor: Deviation of each patch of the images in :func:`left_out_images` from the other images
+            ``(J, N)``; of a single image, from its other quarters.
 
         Raises:
             ValueError: If every normal patch has an exact copy in another image, so that no distance is usual.
@@ -70,7 +74,8 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
         numbers = torch.arange(patches, device=tokens.device)
         on_rows, on_columns = numbers // grid[1] % stride == 0, numbers % grid[1] % stride == 0
         kept = numbers[on_rows & on_columns]
-        self.distance_scale = self._usual_distance(tokens, grid, kept)
+        distances = self._leave_one_out(tokens, grid, kept)
+        self.distance_scale = distances.quantile(QUANTILE)
         if not self.distance_scale > 2e-3 * tokens.norm(dim=-1).mean():  # what rounding alone gives
             msg = "The normal images are copies of each other, or blank. Give images that differ."
             raise ValueError(msg)
@@ -84,24 +89,29 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
             self.tokens, self.image_indices, self.patch_indices = (
                 values[coreset] for values in (self.tokens, self.image_indices, self.patch_indices)
             )
+        return distances / self.distance_scale
 
     @staticmethod
-    def _usual_distance(tokens: torch.Tensor, grid: tuple[int, int], kept: torch.Tensor) -> torch.Tensor:
-        """Distance that 99 % of the patches stay below, to the other images; with one image, to its other quarters.
+    def _leave_one_out(tokens: torch.Tensor, grid: tuple[int, int], kept: torch.Tensor) -> torch.Tensor:
+        """Distance of patches to the kept ones of the other images; of a single image, to those of its other quarters.
 
         At most 8 images, spread over all, are compared: a quantile of thousands of patches hardly moves with more.
         """
         images, patches = tokens.shape[:2]
         bank = tokens[:, kept]
         if images > 1:
-            compared = sorted({round(number) for number in torch.linspace(0, images - 1, 8).tolist()})
-            pairs = [(tokens[index], torch.cat([bank[:index], bank[index + 1 :]]).flatten(0, 1)) for index in compared]
-        else:
-            numbers = torch.arange(patches, device=tokens.device)
-            quarter = numbers // grid[1] * 2 // grid[0] * 2 + numbers % grid[1] * 2 // grid[1]
-            pairs = [(tokens[0, quarter == part], bank[0, quarter[kept] != part]) for part in quarter.unique()]
-        distances = [nearest(queries, others) for queries, others in pairs if len(others)]
-        return torch.cat(distances).quantile(QUANTILE) if distances else torch.zeros_like(tokens[0, 0, 0])
+            return torch.stack([
+                nearest(tokens[index], torch.cat([bank[:index], bank[index + 1 :]]).flatten(0, 1))
+                for index in left_out_images(images)
+            ])
+        numbers = torch.arange(patches, device=tokens.device)
+        quarter = numbers // grid[1] * 2 // grid[0] * 2 + numbers % grid[1] * 2 // grid[1]
+        distances = torch.zeros_like(tokens[..., 0])
+        for part in quarter.unique():
+            others = bank[0, quarter[kept] != part]
+            if len(others):
+                distances[0, quarter == part] = nearest(tokens[0, quarter == part], others)
+        return distances
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Compute the structural deviation.
@@ -117,6 +127,22 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
         else:  # image by image, so that the table of distances stays in the cache
             distances = torch.stack([nearest(image, self.tokens) for image in tokens])
         return distances / self.distance_scale
+
+
+def left_out_images(count: int) -> list[int]:
+    """Indices of the normal images that are compared with the others: at most 8, spread over all.
+
+    Args:
+        count (int): Number of normal images.
+
+    Returns:
+        list[int]: Indices.
+
+    Example:
+        >>> left_out_images(4), left_out_images(15)
+        ([0, 1, 2, 3], [0, 2, 4, 6, 8, 10, 12, 14])
+    """
+    return sorted({round(number) for number in torch.linspace(0, count - 1, 8).tolist()})
 
 
 def nearest(tokens: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:

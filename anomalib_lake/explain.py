@@ -40,7 +40,7 @@ def explain(model: LAKEModel, tokens: Tokens, image_size: tuple[int, int]) -> li
         >>> from anomalib_lake import LAKEModel
         >>> model = LAKEModel("vit_tiny_patch16_224", layers=[5], pre_trained=False, num_neurons=20)
         >>> _ = model.train()(torch.randn(2, 3, 64, 64))
-        >>> model.fit()
+        >>> _ = model.fit()
         >>> images = torch.randn(1, 3, 64, 64)
         >>> explanation = explain(model.eval(), model.backbone(images), (64, 64))[0]
         >>> torch.allclose(explanation.contributions.sum(), model(images).pred_score[0], atol=1e-5)

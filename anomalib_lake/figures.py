@@ -27,7 +27,7 @@ def plot_neurons(model: LAKEModel) -> Figure:
         >>> from anomalib_lake import LAKEModel
         >>> model = LAKEModel("vit_tiny_patch16_224", layers=[5], pre_trained=False, num_neurons=20)
         >>> _ = model.train()(torch.randn(2, 3, 64, 64))
-        >>> model.fit()
+        >>> _ = model.fit()
         >>> plot_neurons(model).axes[0].get_title(loc="left")[:7]
         'block 5'
     """

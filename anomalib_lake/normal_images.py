@@ -55,10 +55,9 @@ def draw_normal_images(
         normal = list(range(len(paths)))
     else:
         place, remedy = f"the training set of {name}", "Check the datamodule's root, category and folders"
-        samples = dataset.samples
-        paths = [str(path) for path in samples.image_path]
-        labels = samples.label_index if "label_index" in samples else [0] * len(paths)
-        normal = [index for index, label in enumerate(labels) if label != 1]
+        found = image_labels(dataset)
+        paths = [path for path, _ in found]
+        normal = [index for index, (_, label) in enumerate(found) if label != 1]
     if not normal:
         msg = f"There are no normal images in {place}. {remedy}."
         raise ValueError(msg)
@@ -75,3 +74,17 @@ def draw_normal_images(
     images = PredictDataset(source, transform=transform)
     images.image_filenames = [images.image_filenames[index] for index in drawn]
     return images, [paths[index] for index in drawn]
+
+
+def image_labels(dataset: AnomalibDataset) -> list[tuple[str, int]]:
+    """Paths and labels of a dataset's images.
+
+    Args:
+        dataset (AnomalibDataset): Dataset; images without a label count as normal.
+
+    Returns:
+        list[tuple[str, int]]: Path, and 1 for an image labelled anomalous, else another number.
+    """
+    paths = [str(path) for path in dataset.samples.image_path]
+    labels = dataset.samples.label_index if "label_index" in dataset.samples else [0] * len(paths)
+    return [(path, int(label)) for path, label in zip(paths, labels, strict=True)]

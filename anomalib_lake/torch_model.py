@@ -7,6 +7,7 @@ resolution and smoothing open; the choices made here are arguments, marked "ours
 this file.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_spg.components.anomaly_map import AnomalyMapGenerator
 from anomalib_spg.components.backbone import Backbone, is_clip, num_blocks
 
-from .bank import NormalityBank, average_neighbors
+from .bank import NormalityBank, average_neighbors, left_out_images
 from .neurons import Normalization, Selection, SensitiveNeurons
 from .text import embed_prompts, prompts, read_checkpoint, text_tower
 
@@ -80,7 +81,7 @@ class LAKEModel(nn.Module):
     Example:
         >>> model = LAKEModel("vit_tiny_patch16_224", layers=[5], pre_trained=False, num_neurons=20)
         >>> _ = model.train()(torch.randn(2, 3, 64, 64))
-        >>> model.fit()
+        >>> _ = model.fit()
         >>> batch = model.eval()(torch.randn(3, 3, 64, 64))
         >>> batch.anomaly_map.shape, batch.pred_score.shape
         (torch.Size([3, 1, 64, 64]), torch.Size([3]))
@@ -155,14 +156,20 @@ class LAKEModel(nn.Module):
         self.register_buffer("text_embeddings", torch.zeros(2, self.backbone.vit.num_classes if text_weight > 0 else 0))
         self.text_embeddings: torch.Tensor
         self.anomaly_map_generator = AnomalyMapGenerator(self.backbone.patch_size, sigma)
-        self._stored: list[list[torch.Tensor]] = [[] for _ in self.layers]
-        self._grid: tuple[int, int] = (0, 0)
+        self.forget()
         self._checkpoint: dict[str, torch.Tensor] | None = None
 
     @property
     def is_fitted(self) -> bool:
         """Whether the banks are filled."""
         return all(len(bank.tokens) > 0 for banks in self.banks for bank in banks)
+
+    def forget(self) -> None:
+        """Forget stored tokens, for instance those of a fit that failed."""
+        self._stored: list[list[torch.Tensor]] = [[] for _ in self.layers]
+        self._semantic: list[torch.Tensor] = []
+        self._grid: tuple[int, int] = (0, 0)
+        self._size: tuple[int, int] = (0, 0)
 
     @property
     def num_stored(self) -> int:
@@ -189,13 +196,25 @@ class LAKEModel(nn.Module):
             msg = "LAKE has no normality bank yet. Train it on a few normal images first."
             raise RuntimeError(msg)
         tokens, grid = self.tokens(images)
-        deviation = self.structural_deviation(tokens, grid)
+        semantic = tokens[self.semantic_layer] if self.text_weight > 0 else None
+        return self._predict(
+            self.structural_deviation(tokens, grid), semantic, grid, (images.shape[-2], images.shape[-1])
+        )
+
+    def _predict(
+        self,
+        deviation: torch.Tensor,
+        semantic: torch.Tensor | None,
+        grid: tuple[int, int],
+        image_size: tuple[int, int],
+    ) -> InferenceBatch:
+        """Scores and maps from deviations ``(B, N)`` and, where text has a weight, semantic tokens ``(B, N, D)``."""
         # Ordinary patches deviate by less than 1. This map keeps the order and stays below 1.
         anomaly = deviation / (1 + deviation)
-        if self.text_weight > 0:
-            anomaly = torch.lerp(anomaly, self.semantic_activation(tokens[self.semantic_layer]), self.text_weight)
+        if semantic is not None:
+            anomaly = torch.lerp(anomaly, self.semantic_activation(semantic), self.text_weight)
         patch_map = rearrange(anomaly, "b (h w) -> b h w", h=grid[0])
-        anomaly_map = self.anomaly_map_generator(patch_map, (images.shape[-2], images.shape[-1]))
+        anomaly_map = self.anomaly_map_generator(patch_map, image_size)
         return InferenceBatch(pred_score=anomaly.amax(dim=1), anomaly_map=anomaly_map)
 
     def tokens(self, images: torch.Tensor) -> tuple[dict[int, torch.Tensor], tuple[int, int]]:
@@ -257,8 +276,11 @@ class LAKEModel(nn.Module):
             msg = f"Normal images must have one size: after {self._grid} patches came {grid}."
             raise ValueError(msg)
         self._grid = grid
+        self._size = (images.shape[-2], images.shape[-1])
         for layer, stored in zip(self.layers, self._stored, strict=True):
             stored.append(tokens[layer])
+        if self.text_weight > 0:
+            self._semantic.append(tokens[self.semantic_layer])
         return tokens[self.layers[-1]]
 
     def _load_checkpoint(self) -> dict[str, torch.Tensor]:
@@ -267,11 +289,16 @@ class LAKEModel(nn.Module):
         self.backbone.load_state(state, source)
         return {key: value for key, value in state.items() if not key.startswith("visual.")}
 
-    def fit(self, class_name: str = "object") -> None:
+    def fit(self, class_name: str = "object") -> InferenceBatch:
         """Choose the sensitive neurons and fill the banks from the stored tokens, embed the prompts, forget the tokens.
 
         Args:
             class_name (str): What the images show, for WinCLIP's prompts.
+
+        Returns:
+            InferenceBatch: What the normal images, at most 8 of them, get when each is compared with the others only.
+            That is corrected by what one image less in the bank raises the deviation, so that it estimates what a new
+            good image gets.
 
         Raises:
             ValueError: If nothing was stored, or the normal images do not vary.
@@ -288,12 +315,40 @@ class LAKEModel(nn.Module):
                 tower = text_tower(checkpoint, quick_gelu="quickgelu" in self.backbone.name)
                 self.text_embeddings = embed_prompts(tower, *ensembles).to(self.text_embeddings.device)
                 self._checkpoint = None
+            images, by_layer = self.num_stored, []
             for layer, (neurons, banks) in enumerate(zip(self.neurons, self.banks, strict=True)):
                 tokens = torch.cat(self._stored[layer])
                 self._stored[layer] = []
+                by_scale = []
                 neurons.select(tokens.flatten(0, 1), generator)
                 projected = neurons.project(tokens)
                 for scale, bank in zip(self.scales, banks, strict=True):
                     averaged = neurons.normalize(average_neighbors(projected, self._grid, scale))
                     # Windows that overlap by half or more are nearly the same.
-                    bank.fit(averaged, self._grid, stride=scale // 2 + 1)
+                    by_scale.append(bank.fit(averaged, self._grid, stride=scale // 2 + 1))
+                by_layer.append(torch.stack(by_scale))
+            deviation = torch.stack(by_layer).mean(dim=0).amax(dim=0) * leave_one_out_correction(images)
+            semantic = torch.cat(self._semantic)[left_out_images(images)] if self.text_weight > 0 else None
+            result = self._predict(deviation, semantic, self._grid, self._size)
+            self.forget()
+            return result
+
+
+def leave_one_out_correction(images: int) -> float:
+    r"""What leave-one-out deviations are multiplied with to estimate those of new good images.
+
+    A bank with one image less has fewer neighbours to offer. Measured on twelve small datasets, the logarithm of the
+    highest deviation of an image is too high by about :math:`0.09 \ln(k / (k - 1))` with :math:`k` images, and by 0.15
+    where a single image's quarters are compared.
+
+    Args:
+        images (int): Normal images.
+
+    Returns:
+        float: Factor below 1.
+
+    Example:
+        >>> round(leave_one_out_correction(1), 3), round(leave_one_out_correction(4), 3)
+        (0.861, 0.974)
+    """
+    return math.exp(-0.15) if images == 1 else ((images - 1) / images) ** 0.09

@@ -12,13 +12,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .benchmark.post_processor import RawScorePostProcessor
+    from .components.post_processor import GoodPartsPostProcessor
     from .datamodule import AuxiliaryTarget
     from .explanations.visualizer import ExplanationVisualizer
     from .lightning_model import SPG
     from .settings import GuideSettings
     from .torch_model import SPGModel
 
-__all__ = ["SPG", "AuxiliaryTarget", "ExplanationVisualizer", "GuideSettings", "SPGModel"]
+__all__ = [
+    "SPG",
+    "AuxiliaryTarget",
+    "ExplanationVisualizer",
+    "GoodPartsPostProcessor",
+    "GuideSettings",
+    "RawScorePostProcessor",
+    "SPGModel",
+]
 
 # Where each public name lives. They are imported on first use: this package also holds the plugin hook, which is
 # imported while torch itself is still importing.
@@ -26,6 +36,8 @@ _MODULES = {
     "SPG": "lightning_model",
     "SPGModel": "torch_model",
     "GuideSettings": "settings",
+    "GoodPartsPostProcessor": "components.post_processor",
+    "RawScorePostProcessor": "benchmark.post_processor",
     "AuxiliaryTarget": "datamodule",
     "ExplanationVisualizer": "explanations.visualizer",
 }

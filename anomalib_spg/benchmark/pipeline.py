@@ -49,7 +49,7 @@ from lightning import seed_everything
 from anomalib_spg.components.backbone import Backbone
 from anomalib_spg.components.evaluator import default_evaluator
 from anomalib_spg.components.files import atomic_write
-from anomalib_spg.components.post_processor import OrderPreservingPostProcessor
+from anomalib_spg.components.post_processor import GoodPartsPostProcessor
 from anomalib_spg.settings import GuideSettings
 
 from .post_processor import RawScorePostProcessor
@@ -132,7 +132,7 @@ class BenchmarkJob(Job):
             config = {**config, "init_args": {**config.get("init_args", {}), "guides_file": str(self.guides)}}
         model = get_model(config)
         size = config.get("image_size")
-        if not isinstance(model.post_processor, OrderPreservingPostProcessor):
+        if not isinstance(model.post_processor, GoodPartsPostProcessor):
             model.post_processor, model.evaluator = RawScorePostProcessor(), default_evaluator()
             if size is not None:
                 model.pre_processor = model.configure_pre_processor(image_size=(size, size))

@@ -4,58 +4,37 @@
 
 import torch
 from anomalib.data import Batch
-from lightning import LightningModule, Trainer
 
-from anomalib_spg.components.post_processor import OrderPreservingPostProcessor
+from anomalib_spg.components.post_processor import GoodPartsPostProcessor
 
 
-class RawScorePostProcessor(OrderPreservingPostProcessor):
-    """The order-preserving post-processor for models whose raw scores lie anywhere, as distances do.
+class RawScorePostProcessor(GoodPartsPostProcessor):
+    """Thresholds from good parts, and scores whose order is kept, for any model of anomalib.
 
-    Raw scores are first brought into (0, 1) by :func:`squash`, which rises everywhere: no score is clamped, and
-    torchmetrics, which takes a sigmoid of whatever it finds outside [0, 1], leaves them alone.
+    Raw scores that lie anywhere, as distances do, are first brought into (0, 1) by :func:`squash`, which rises
+    everywhere: no score is clamped, and torchmetrics, which takes a sigmoid of whatever it finds outside [0, 1], leaves
+    them alone. The validation images labelled good set the thresholds, since other models hold none out themselves.
 
     Args:
-        **kwargs: Arguments of :class:`anomalib.post_processing.PostProcessor`.
+        **kwargs: Arguments of :class:`GoodPartsPostProcessor`.
 
     Example:
-        >>> low, high, threshold = squash(torch.tensor([30.0, 60.0, 40.0]))
-        >>> scores = torch.tensor([30.0, 40.0, 60.0, 600.0])
-        >>> RawScorePostProcessor()._normalize(scores, low, high, threshold)
-        tensor([0.0500, 0.5000, 0.9500, 0.9949])
+        >>> from anomalib.models import Patchcore
+        >>> model = Patchcore("resnet18", pre_trained=False, post_processor=RawScorePostProcessor(false_alarm_rate=0.1))
+
+        On the command line: ``--model.post_processor anomalib_spg.RawScorePostProcessor``.
     """
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Batch,
-        *args,
-        **kwargs,
-    ) -> None:
-        """Bring the scores into (0, 1) before thresholds and extremes are computed from them."""
-        for field in ("pred_score", "anomaly_map"):
-            if getattr(outputs, field) is not None:
-                setattr(outputs, field, squash(getattr(outputs, field)))
-        super().on_validation_batch_end(trainer, pl_module, outputs, *args, **kwargs)
+    @staticmethod
+    def to_unit(scores: torch.Tensor) -> torch.Tensor:
+        """Bring raw scores of any shape into (0, 1); in double precision, so that rounding ties none of them."""
+        return squash(scores)
 
     def normalize_batch(self, batch: Batch) -> None:
         """As the base class, after flattening: AnomalyDINO has scores ``(B, 1)``, which not every metric takes."""
         if batch.pred_score is not None:
             batch.pred_score = batch.pred_score.flatten()
         super().normalize_batch(batch)
-
-    @staticmethod
-    def _normalize(
-        preds: torch.Tensor | None,
-        norm_min: torch.Tensor,
-        norm_max: torch.Tensor,
-        threshold: torch.Tensor,
-    ) -> torch.Tensor | None:
-        """As the base class, from raw scores; in double precision, so that rounding ties none of them."""
-        if preds is None:
-            return preds
-        return OrderPreservingPostProcessor._normalize(squash(preds), norm_min, norm_max, threshold).float()  # noqa: SLF001
 
 
 def squash(scores: torch.Tensor) -> torch.Tensor:

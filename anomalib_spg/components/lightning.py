@@ -2,24 +2,32 @@
 
 """What the Lightning files of both models have in common."""
 
+import copy
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from anomalib import LearningType
-from anomalib.data import Batch
+from anomalib.data import AnomalibDataset, Batch, PredictDataset
 from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from .backbone import DEFAULT_BACKBONE, default_image_size
 from .checkpoint import check_identity
 from .compression import CompressBackboneOnly
+from .decisions import DecisionTable
 from .evaluator import default_evaluator
-from .post_processor import OrderPreservingPostProcessor
+from .held_out import batches
+from .post_processor import GoodPartsPostProcessor
 from .pre_processor import default_pre_processor
+from .threshold import WEAK_PRIOR, Prior
 from .unreadable import NameUnreadableImages
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from anomalib.models.components import AnomalibModule as _Base
@@ -32,9 +40,15 @@ class FrozenBackboneMixin(CompressBackboneOnly, _Base):
 
     Attributes:
         default_backbone (str): timm name of the backbone the default pre-processor is made for.
+        prior (Prior): How much the logits of good parts usually vary.
+        held_out (AnomalibDataset | PredictDataset | None): While it is fitted, good images it does not learn from.
     """
 
     default_backbone: ClassVar[str] = DEFAULT_BACKBONE
+    prior: ClassVar[Prior] = WEAK_PRIOR
+
+    held_out: AnomalibDataset | PredictDataset | None = None
+    _training_set: Any = None
 
     @staticmethod
     def resolve_image_size(image_size: int | Sequence[int] | None, backbone: str) -> tuple[int, int]:
@@ -85,10 +99,22 @@ class FrozenBackboneMixin(CompressBackboneOnly, _Base):
         """
         return default_pre_processor(backbone or cls.default_backbone, image_size)
 
-    @staticmethod
-    def configure_post_processor() -> PostProcessor:
-        """Configure the default post-processor, which cannot change a ranking metric."""
-        return OrderPreservingPostProcessor()
+    @classmethod
+    def configure_post_processor(
+        cls,
+        false_alarm_rate: float | None = None,
+        pixel_false_alarm_rate: float | None = None,
+    ) -> PostProcessor:
+        """Configure the default post-processor, whose thresholds come from good parts.
+
+        Args:
+            false_alarm_rate (float | None): See :class:`GoodPartsPostProcessor`.
+            pixel_false_alarm_rate (float | None): See :class:`GoodPartsPostProcessor`.
+
+        Returns:
+            PostProcessor: Configured post-processor.
+        """
+        return GoodPartsPostProcessor(false_alarm_rate, pixel_false_alarm_rate, cls.prior)
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
@@ -96,14 +122,72 @@ class FrozenBackboneMixin(CompressBackboneOnly, _Base):
         return default_evaluator()
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Add the callback that names images which cannot be read."""
+        """Add callbacks: a table of decisions after predictions, and the names of images that cannot be read."""
         callbacks = super().configure_callbacks()
-        return [*(callbacks if isinstance(callbacks, Sequence) else [callbacks]), NameUnreadableImages()]
+        return [
+            *(callbacks if isinstance(callbacks, Sequence) else [callbacks]),
+            DecisionTable(),
+            NameUnreadableImages(),
+            _RestoreTrainingSet(),
+        ]
 
     @staticmethod
     def configure_optimizers() -> None:
         """Return no optimiser: what is learned is learned from stored tokens, after the pass over the images."""
         return
+
+    def swap_training_set(self, training_set: AnomalibDataset | PredictDataset) -> None:
+        """Let the datamodule's training set be another one until the dataloader is made; see :meth:`on_train_start`.
+
+        Args:
+            training_set (AnomalibDataset | PredictDataset): What to learn from.
+        """
+        datamodule = self.trainer.datamodule
+        self._training_set = datamodule.train_data
+        datamodule.train_data = training_set
+
+    def restore_training_set(self) -> None:
+        """Give the datamodule its training set back."""
+        if self._training_set is not None:
+            self.trainer.datamodule.train_data = self._training_set
+            self._training_set = None
+
+    def on_train_start(self) -> None:
+        """Give the datamodule its training set back: the dataloader is made by now."""
+        super().on_train_start()
+        self.restore_training_set()
+
+    @torch.no_grad()
+    def score_held_out(self, learned_from: bool = False, correction: float = 0.0) -> None:
+        """Pass the held-out good images, and place the thresholds by what they score.
+
+        Args:
+            learned_from (bool): Whether the model has learned from them after all, for want of others.
+            correction (float): What their scores are known to lack then, on the logit scale.
+        """
+        post_processor, dataset = self.post_processor, self.held_out
+        self.held_out = None
+        if not isinstance(post_processor, GoodPartsPostProcessor):
+            return
+        if dataset is not None and len(dataset):
+            datamodule = self.trainer.datamodule
+            dataset = copy.copy(dataset)
+            dataset.augmentations = getattr(datamodule, "val_augmentations", None)
+            transform = None if self.pre_processor is None else self.pre_processor.transform
+            training = self.model.training
+            self.model.eval()
+            batch_size = min(8, datamodule.eval_batch_size)  # so that the progress bar moves
+            for images in batches(dataset, transform, batch_size, datamodule.num_workers, self.device):
+                with self.trainer.precision_plugin.forward_context():
+                    result = self.model(images)
+                scores, maps = result.pred_score, result.anomaly_map
+                if correction:
+                    scores, maps = (torch.sigmoid(torch.logit(x, eps=1e-7) + correction) for x in (scores, maps))
+                post_processor.add_good(scores, maps, learned_from)
+            self.model.train(training)
+        post_processor.place_thresholds()
+        if not self.trainer.enable_validation:
+            logger.info(post_processor.report())
 
     def validation_step(self, batch: Batch, *args, **kwargs) -> STEP_OUTPUT:
         """Find anomalies in a validation batch.
@@ -145,3 +229,14 @@ class FrozenBackboneMixin(CompressBackboneOnly, _Base):
                 validate such a model: it would never see the training images, nor run in ``anomalib benchmark``.
         """
         return LearningType.ONE_CLASS
+
+
+class _RestoreTrainingSet(Callback):
+    """Gives the datamodule its training set back when a fit ends early; Lightning tells only callbacks of errors."""
+
+    def on_exception(  # noqa: PLR6301  # Lightning calls it on the instance
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        del trainer, exception
+        if isinstance(pl_module, FrozenBackboneMixin):
+            pl_module.restore_training_set()

@@ -1,41 +1,133 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Post-processor that keeps the order of scores, so that it cannot change a ranking metric."""
+"""Post-processor whose thresholds come from good parts, and which keeps the order of scores."""
+
+import logging
+from typing import Any
 
 import torch
-from anomalib.data import Batch
+from anomalib.data import Batch, InferenceBatch
+from anomalib.data.utils.synthetic import SyntheticAnomalyDataset
 from anomalib.post_processing import PostProcessor
 from lightning import LightningModule, Trainer
+from torch import distributed
+
+from .threshold import WEAK_PRIOR, GoodPartThreshold, Prior, best_with_bad, good_part_threshold, logit
+
+logger = logging.getLogger(__name__)
+
+FALSE_ALARM_RATE = 0.05
+PIXEL_FALSE_ALARM_RATE = 0.001
+# Pixels of good parts are counted in bins of their logits: one per 0.01, of -40 to 20.
+LOWEST, HIGHEST, BINS = -40.0, 20.0, 6000
 
 
-class OrderPreservingPostProcessor(PostProcessor):
-    """anomalib's post-processor with a strictly rising normalisation, for models whose raw scores lie in [0, 1].
+class GoodPartsPostProcessor(PostProcessor):
+    """Accept or reject by what good parts score.
 
-    anomalib's own normalisation clamps ``(score - threshold) / (max - min) + 0.5`` to [0, 1]: scores tie at 0 or 1 when
-    the threshold is far from the middle of their range, and ranking metrics computed afterwards suffer. This one is
-    piecewise linear through ``(0, 0)``, ``(min, 0.05)``, ``(threshold, 0.5)``, ``(max, 0.95)``, ``(1, 1)``, with the
-    extremes of the validation scores: shown scores lie in [0, 1] with the threshold at 0.5, use most of that range, and
-    no two different scores become equal.
+    **Image threshold.** New good parts exceed it at ``false_alarm_rate``, see :func:`.threshold.good_part_threshold`.
+    It rests on the good images that the model has not learned from: those it holds out itself while it is fitted
+    (:meth:`add_good`), and those of validation. Anomalies that anomalib drew on validation images say little about
+    where good parts end, and are ignored. Real bad images of validation move the threshold to where F1 is highest, but
+    not further than to the named rate; to twice the default one where none is named.
 
-    Two more differences. The image threshold lies halfway between the two neighbouring validation scores it separates,
-    not on one of them, so that rounding cannot turn a decision. And where validation holds only normal images, which
-    leaves no F1 score to maximise, it is three standard deviations above the mean normal score, on the logit scale.
+    **Pixel threshold.** ``pixel_false_alarm_rate`` of the pixels of good parts exceed it. Only rejected images have a
+    mask: an accepted part shows no outline.
+
+    **Shown scores** are the same for every model: 0.5 is the threshold, 0.2 a typical good part (or pixel of one), and
+    0.8 lies as far above the threshold as a typical good part lies below it, on the logit scale. They rise strictly
+    with the raw scores, unlike anomalib's, which clamps and can lower a ranking metric.
+
+    A score that is not finite is rejected.
+
+    Thresholds are part of every checkpoint and export. The scores they come from are in the checkpoint, too, so that
+    another rate needs no training: give it when the checkpoint is loaded, or call :meth:`place_thresholds`.
 
     Args:
+        false_alarm_rate (float | None): Share of good parts that may be rejected, in (0, 0.5]. ``None`` is 0.05 when
+            the model is fitted (ours), and leaves the thresholds of a checkpoint as they are.
+        pixel_false_alarm_rate (float | None): Share of the pixels of good parts above the pixel threshold. ``None`` is
+            0.001 when the model is fitted (ours), and leaves that of a checkpoint.
+        prior (Prior): How much the logits of good parts usually vary for this model. Defaults to a weak one.
         **kwargs: Arguments of :class:`anomalib.post_processing.PostProcessor`.
 
+    Attributes:
+        threshold (GoodPartThreshold | None): The threshold good parts alone would give, and the rate to expect.
+
+    Raises:
+        ValueError: If a rate is out of range.
+
     Example:
-        >>> post_processor = OrderPreservingPostProcessor()
-        >>> scores = torch.tensor([0.2, 0.3, 0.8, 0.99])
-        >>> low, high, threshold = torch.tensor(0.2), torch.tensor(0.8), torch.tensor(0.3)
-        >>> post_processor._normalize(scores, low, high, threshold)
-        tensor([0.0500, 0.5000, 0.9500, 0.9975])
+        >>> post_processor = GoodPartsPostProcessor(false_alarm_rate=0.1)
+        >>> post_processor.add_good(torch.linspace(0.30, 0.48, 19))
+        >>> post_processor.place_thresholds()
+        >>> shown = post_processor(InferenceBatch(pred_score=torch.tensor([0.39, 0.47, 0.6]), anomaly_map=None))
+        >>> shown.pred_score.round(decimals=2), shown.pred_label
+        (tensor([0.2000, 0.4700, 0.8400]), tensor([False, False,  True]))
     """
 
-    def __init__(self, **kwargs) -> None:
+    def __init__(
+        self,
+        false_alarm_rate: float | None = None,
+        pixel_false_alarm_rate: float | None = None,
+        prior: Prior = WEAK_PRIOR,
+        **kwargs,
+    ) -> None:
         super().__init__(**kwargs)
-        self._validation_scores: list[torch.Tensor] = []
-        self._validation_labels: list[torch.Tensor] = []
+        for name, rate in (
+            ("false_alarm_rate", false_alarm_rate),
+            ("pixel_false_alarm_rate", pixel_false_alarm_rate),
+        ):
+            if rate is not None and not 0 < rate <= 0.5:
+                msg = f"{name}={rate} must lie in (0, 0.5]: the share of good parts, or of their pixels, above it."
+                raise ValueError(msg)
+        self.false_alarm_rate = false_alarm_rate
+        self.pixel_false_alarm_rate = pixel_false_alarm_rate
+        self.prior = Prior(*prior)
+        self.threshold: GoodPartThreshold | None = None
+        self._forget()
+        self.register_load_state_dict_post_hook(_place_anew)
+
+    def _forget(self) -> None:
+        # Logits of scores: held-out good images, leave-one-out ones of those learned from, those of validation.
+        self._scores: dict[str, list[float]] = {"held_out": [], "learned": [], "good": [], "bad": []}
+        self._pixels = {name: torch.zeros(BINS, dtype=torch.long) for name in ("held_out", "good")}
+
+    @staticmethod
+    def to_unit(scores: torch.Tensor) -> torch.Tensor:
+        """Bring raw scores of any shape into [0, 1], strictly rising; here they lie there already."""
+        return scores
+
+    def add_good(self, scores: torch.Tensor, maps: torch.Tensor | None = None, learned_from: bool = False) -> None:
+        """Take note of good parts.
+
+        Args:
+            scores (torch.Tensor): Raw scores ``(B,)``.
+            maps (torch.Tensor | None): Raw anomaly maps ``(B, 1, H, W)``.
+            learned_from (bool): Whether the model has learned from these images, so that their scores are estimates of
+                what a new image would get. They count only where a tail is fitted.
+        """
+        self._scores["learned" if learned_from else "held_out"] += self._logits(scores)
+        if maps is not None:
+            self._pixels["held_out"] += self._histogram(maps)
+
+    def _logits(self, scores: torch.Tensor) -> list[float]:
+        return logit(self.to_unit(scores.detach())).flatten().tolist()
+
+    def _histogram(self, maps: torch.Tensor) -> torch.Tensor:
+        values = logit(self.to_unit(maps.detach())).flatten().clamp(LOWEST, HIGHEST - 1e-3)
+        return torch.histc(values.float().cpu(), BINS, LOWEST, HIGHEST).long()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what an earlier fit has seen."""
+        del trainer, pl_module
+        self._forget()
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what an earlier validation has seen; held-out images stay."""
+        del trainer, pl_module
+        self._scores |= {"good": [], "bad": []}
+        self._pixels["good"] = torch.zeros(BINS, dtype=torch.long)
 
     def on_validation_batch_end(
         self,
@@ -45,62 +137,180 @@ class OrderPreservingPostProcessor(PostProcessor):
         *args,
         **kwargs,
     ) -> None:
-        """Gather what the thresholds and the normalisation are computed from."""
-        super().on_validation_batch_end(trainer, pl_module, outputs, *args, **kwargs)
-        if self.enable_thresholding and outputs.pred_score is not None and outputs.gt_label is not None:
-            self._validation_scores.append(outputs.pred_score.detach().float().flatten().cpu())
-            self._validation_labels.append(outputs.gt_label.detach().flatten().cpu())
+        """Take note of good and bad images."""
+        del pl_module, args, kwargs
+        if outputs.pred_score is None or outputs.gt_label is None:
+            return
+        loader = getattr(trainer, "val_dataloaders", None)
+        drawn = isinstance(getattr(loader, "dataset", None), SyntheticAnomalyDataset)
+        bad = outputs.gt_label.detach().bool().flatten().to(outputs.pred_score.device)
+        scores = outputs.pred_score.detach().flatten()
+        self._scores["good"] += self._logits(scores[~bad])
+        if not drawn:
+            self._scores["bad"] += self._logits(scores[bad])
+        if outputs.anomaly_map is not None:
+            self._pixels["good"] += self._histogram(outputs.anomaly_map[~bad])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compute thresholds and normalisation; see the class for how the image threshold is placed."""
-        super().on_validation_epoch_end(trainer, pl_module)
-        if not self._validation_scores:
-            return
-        scores, labels = torch.cat(self._validation_scores), torch.cat(self._validation_labels).bool()
-        self._validation_scores, self._validation_labels = [], []
-        if labels.any():
-            below = scores[scores < self._image_threshold.cpu()]
-            if len(below):
-                self._image_threshold.copy_((self._image_threshold + below.max().to(self._image_threshold)) / 2)
-        else:
-            logits = torch.logit(scores.double(), eps=1e-6)
-            spread = logits.std(correction=0) if len(logits) > 1 else torch.zeros(())
-            self._image_threshold.copy_(torch.sigmoid(logits.mean() + 3 * spread))
-            # Normal pixels alone give no pixel threshold either: that of the images takes its place.
-            self._pixel_threshold.fill_(float("nan"))
+        """Place the thresholds, and say what they rest on."""
+        del pl_module
+        if getattr(trainer, "world_size", 1) > 1:
+            self._gather()
+        self.place_thresholds()
+        logger.info(self.report())
+
+    def _gather(self) -> None:
+        """Put together what the processes have seen in validation, each of its share of the images."""
+        shares: list[Any] = [None] * distributed.get_world_size()
+        seen = ({name: self._scores[name] for name in ("good", "bad")}, self._pixels["good"])
+        distributed.all_gather_object(shares, seen)
+        for name in ("good", "bad"):
+            self._scores[name] = [score for scores, _ in shares for score in scores[name]]
+        self._pixels["good"] = torch.stack([pixels for _, pixels in shares]).sum(dim=0)
+
+    def place_thresholds(
+        self, false_alarm_rate: float | None = None, pixel_false_alarm_rate: float | None = None
+    ) -> None:
+        """Place the thresholds by the images that are known, for instance of a loaded checkpoint.
+
+        Args:
+            false_alarm_rate (float | None): Another rate from now on. ``None`` keeps it.
+            pixel_false_alarm_rate (float | None): Another rate from now on. ``None`` keeps it.
+
+        Raises:
+            ValueError: If a rate is out of range.
+
+        Example:
+            >>> post_processor = GoodPartsPostProcessor()
+            >>> post_processor.add_good(torch.linspace(0.2, 0.5, 99))
+            >>> post_processor.place_thresholds(false_alarm_rate=0.02)
+            >>> post_processor.image_threshold
+            tensor(0.4985)
+        """
+        self.false_alarm_rate = false_alarm_rate or self.false_alarm_rate
+        self.pixel_false_alarm_rate = pixel_false_alarm_rate or self.pixel_false_alarm_rate
+        named, scores = self.false_alarm_rate, self._scores
+        rate = named or FALSE_ALARM_RATE
+        held_out = [*scores["held_out"], *scores["good"]]
+        good = [*held_out, *scores["learned"]]
+        self.threshold = good_part_threshold(held_out, rate, scores["learned"], self.prior) if good else None
+        if self.threshold is not None:
+            limit = self.threshold.logit
+            if scores["bad"]:
+                if named is None:
+                    limit = good_part_threshold(held_out, 2 * rate, scores["learned"], self.prior).logit
+                limit = best_with_bad(good, scores["bad"], self.threshold.logit, limit)
+            self._store("image", limit, float(torch.tensor(good).median()))
+        elif scores["bad"]:  # no good image at all: half of the known bad ones are found
+            middle = float(torch.tensor(scores["bad"]).median())
+            self._store("image", middle, middle - 1)
+        pixels = self._pixels["held_out"] + self._pixels["good"]
+        if int(pixels.sum()):
+            above = pixels.flip(0).cumsum(0).flip(0) / pixels.sum()  # share of the pixels in this bin and those above
+            edges = torch.linspace(LOWEST, HIGHEST, BINS + 1)
+            share = self.pixel_false_alarm_rate or PIXEL_FALSE_ALARM_RATE
+            top = int((above <= share).float().argmax()) if bool((above <= share).any()) else BINS
+            self._store("pixel", float(edges[top]), float(edges[int((above >= 0.5).sum()) - 1]))
+        elif self.threshold is not None:
+            self._pixel_threshold.fill_(float("nan"))  # that of the images takes its place
+
+    def _store(self, kind: str, threshold: float, typical: float) -> None:
+        """Keep a threshold and a typical good score where anomalib keeps thresholds and smallest scores."""
+        typical = min(typical, threshold - 1e-3)  # so that shown scores rise even where all good parts are alike
+        values = torch.sigmoid(torch.tensor([threshold, typical, 2 * threshold - typical], dtype=torch.double))
+        for name, value in zip((f"_{kind}_threshold", f"{kind}_min", f"{kind}_max"), values, strict=True):
+            getattr(self, name).copy_(value)
+
+    def report(self) -> str:
+        """Say what the threshold rests on and what to expect of it.
+
+        Returns:
+            str: A few sentences.
+        """
+        if self.threshold is None:
+            return "No good image has been seen: there is no threshold that says where good parts end."
+        known = self.threshold
+        low, high = known.interval
+        named = self.false_alarm_rate or FALSE_ALARM_RATE
+        words = (
+            f"Threshold {float(self.image_threshold):.3f} from {known.images} good images: about {known.rate:.1%} of "
+            f"good parts will be rejected ({low:.1%} to {high:.1%} with 90 % probability)."
+        )
+        if not known.is_conformal:
+            enough = round(2 / named) - 1
+            words += f" That rests on a fitted tail; {enough} good images that are not learned from would guarantee it."
+        bad = self._scores["bad"]
+        if not bad:
+            return f"{words} How many bad parts it misses is unknown: there were no bad images."
+        found = sum(x > float(logit(self.image_threshold)) for x in bad)
+        return f"{words} It finds {found} of the {len(bad)} bad images it was placed by."
+
+    def checkpoint_config(self) -> dict[str, Any]:
+        """Plain data for a checkpoint: anomalib's, and the scores the thresholds come from."""
+        pixels = {name: counts.tolist() for name, counts in self._pixels.items()}
+        return {**super().checkpoint_config(), "scores": self._scores, "pixels": pixels}
+
+    def load_checkpoint_config(self, config: dict[str, Any]) -> None:
+        """Restore what :meth:`checkpoint_config` gave."""
+        super().load_checkpoint_config(config)
+        self._scores |= config.get("scores", {})
+        self._pixels |= {name: torch.tensor(counts) for name, counts in config.get("pixels", {}).items()}
+
+    def forward(self, predictions: InferenceBatch) -> InferenceBatch:
+        """Post-process predictions; only rejected images keep a mask."""
+        result = super().forward(predictions)
+        if result.pred_mask is None or result.pred_label is None or not self.enable_thresholding:
+            return result
+        return result._replace(pred_mask=_of_rejected(result.pred_mask, result.pred_label))
+
+    def threshold_batch(self, batch: Batch) -> None:
+        """Threshold a batch; only rejected images keep a mask."""
+        super().threshold_batch(batch)
+        if batch.pred_mask is not None and batch.pred_label is not None:
+            batch.pred_mask = _of_rejected(batch.pred_mask, batch.pred_label)
 
     @staticmethod
+    def _apply_threshold(preds: torch.Tensor | None, threshold: torch.Tensor) -> torch.Tensor | None:
+        """Reject what is not at or below the threshold: a score that is not a number, too."""
+        return None if preds is None else ~(preds <= threshold)
+
+    @classmethod
     def _normalize(
+        cls,
         preds: torch.Tensor | None,
         norm_min: torch.Tensor,
         norm_max: torch.Tensor,
         threshold: torch.Tensor,
     ) -> torch.Tensor | None:
-        """Map raw scores in [0, 1] onto [0, 1], strictly rising, with the threshold at 0.5.
+        r"""Map raw scores onto shown ones: :math:`\frac 1 2 + \frac{3 x / 2}{2 + 3 |x|}`.
+
+        Here :math:`x` is the distance from the threshold on the logit scale, in units of that of a typical good part.
 
         Args:
             preds (torch.Tensor | None): Raw scores or maps of any shape.
-            norm_min (torch.Tensor): Smallest validation score.
-            norm_max (torch.Tensor): Largest validation score.
-            threshold (torch.Tensor): Raw threshold. NaN takes the middle of the range.
+            norm_min (torch.Tensor): Score of a typical good part, in [0, 1].
+            norm_max (torch.Tensor): Unused.
+            threshold (torch.Tensor): Threshold, in [0, 1].
 
         Returns:
-            torch.Tensor | None: Normalised scores; unchanged where there has been no validation.
+            torch.Tensor | None: Shown scores; raw ones where there are no thresholds.
         """
+        del norm_max
         if preds is None:
             return preds
-        threshold = torch.where(torch.isnan(threshold), (norm_max + norm_min) / 2, threshold)
-        low, high = torch.minimum(norm_min, threshold), torch.maximum(norm_max, threshold)
-        zero, one = torch.zeros_like(threshold), torch.ones_like(threshold)
-        knots = [zero, low, threshold, high, one]
-        levels = [0.0, 0.05, 0.5, 0.95, 1.0]
-        normalized = torch.zeros_like(preds)
-        for start, stop, bottom, top in zip(knots, knots[1:], levels, levels[1:], strict=False):
-            length = stop - start
-            share = (preds - start).clamp(min=0)
-            share = torch.minimum(share, length) / torch.where(length > 0, length, one)
-            # A segment of no length is a step: scores beyond it get its whole rise, those on it half of none.
-            share = torch.where(length > 0, share, (preds > start).to(preds.dtype))
-            normalized = normalized + (top - bottom) * share
-        # The clamp is for rounding only, see AnomalyMapGenerator.
-        return torch.where(torch.isnan(norm_min) | torch.isnan(norm_max), preds, normalized.clamp(0, 1))
+        unit = logit(threshold) - logit(norm_min)
+        x = (logit(cls.to_unit(preds)).to(unit.dtype) - logit(threshold)) / unit
+        shown = 0.5 + 1.5 * x / (2 + 3 * x.abs())
+        return torch.where(torch.isnan(threshold) | torch.isnan(norm_min), preds.to(shown.dtype), shown)
+
+
+def _of_rejected(masks: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return masks & labels.view(-1, *[1] * (masks.ndim - 1))
+
+
+def _place_anew(post_processor: GoodPartsPostProcessor, incompatible: Any) -> None:  # noqa: ANN401
+    """After a checkpoint is loaded: another rate that was named moves its thresholds."""
+    del incompatible
+    named = post_processor.false_alarm_rate is not None or post_processor.pixel_false_alarm_rate is not None
+    if named and any(post_processor._scores.values()):  # noqa: SLF001
+        post_processor.place_thresholds()

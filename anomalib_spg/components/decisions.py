@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The answer of ``anomalib predict`` as a table: which images are rejected, and where."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from anomalib.data import ImageBatch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image
+from skimage.measure import label, regionprops
+
+from .files import atomic_write
+
+logger = logging.getLogger(__name__)
+
+FILE = "predictions.csv"
+
+
+class DecisionTable(Callback):
+    """After predictions, write ``predictions.csv`` to the results folder, and say how many images are rejected.
+
+    A row for each image: its path, shown score and threshold, ``rejected`` or ``accepted``, the share of it that is
+    outlined, and the boxes around the outlined places, the largest first, as ``left top right bottom`` in pixels of the
+    image file, several divided by ``;``. Where a score is not finite, the decision is ``rejected`` and the score empty.
+    An earlier table is kept: the next one is called ``predictions_2.csv``.
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, Any]] = []
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a table."""
+        del trainer, pl_module
+        self._rows = []
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: ImageBatch,
+        batch: ImageBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Add the images of a batch."""
+        del trainer, batch, batch_idx, dataloader_idx
+        if outputs.pred_score is None or outputs.pred_label is None or not outputs.image_path:
+            return
+        threshold = float(pl_module.post_processor.normalized_image_threshold)
+        for index, path in enumerate(outputs.image_path):
+            score = float(outputs.pred_score[index])
+            mask = None if outputs.pred_mask is None else outputs.pred_mask[index].squeeze().bool().cpu().numpy()
+            self._rows.append({
+                "image": str(path),
+                "score": round(score, 6) if np.isfinite(score) else None,
+                "threshold": round(threshold, 6),
+                "decision": "rejected" if bool(outputs.pred_label[index]) else "accepted",
+                "outlined": 0.0 if mask is None else round(float(mask.mean()), 6),
+                "boxes": "" if mask is None else "; ".join(" ".join(map(str, box)) for box in boxes(mask, path)),
+            })
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the table."""
+        del pl_module
+        rows = self._rows
+        if trainer.world_size > 1:
+            shares: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(shares, rows)
+            rows = [row for share in shares for row in share]
+        if not rows or not trainer.is_global_zero:
+            return
+        table = pd.DataFrame(rows).drop_duplicates("image", keep="first")  # processes may share images unevenly
+        folder = Path(trainer.default_root_dir)
+        path, number = folder / FILE, 1
+        while path.exists():
+            number += 1
+            path = folder / FILE.replace(".", f"_{number}.")
+        with atomic_write(path) as temporary:
+            table.to_csv(temporary, index=False)
+        rejected = int((table.decision == "rejected").sum())
+        logger.info("%d of %d images rejected. Decisions: %s", rejected, len(table), path)
+        broken = table.image[table.score.isna()].tolist()
+        if broken:
+            logger.warning(
+                "%d images are rejected because their score is not a finite number: %s. Train the model again, or "
+                "check its weights.",
+                len(broken),
+                ", ".join(broken[:5]),
+            )
+
+
+def boxes(mask: np.ndarray, path: str | Path) -> list[tuple[int, int, int, int]]:
+    """Boxes around the connected places of a mask, in pixels of the image file, the largest place first.
+
+    Args:
+        mask (np.ndarray): Boolean mask ``(h, w)`` of any size.
+        path (str | Path): Image file, of which only the size is read.
+
+    Returns:
+        list[tuple[int, int, int, int]]: Left, top, right and bottom, the latter two exclusive.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Image.new("L", (80, 40)).save(f"{folder}/part.png")
+        ...     boxes(np.eye(4, dtype=bool)[:2], f"{folder}/part.png")
+        [(0, 0, 40, 40)]
+    """
+    if not mask.any():
+        return []
+    with Image.open(path) as image:
+        width, height = image.size
+    places = sorted(regionprops(label(mask)), key=lambda place: -place.area)
+    return [
+        (
+            int(left * width / mask.shape[1]),
+            int(top * height / mask.shape[0]),
+            -int(-right * width // mask.shape[1]),
+            -int(-bottom * height // mask.shape[0]),
+        )
+        for top, left, bottom, right in (place.bbox for place in places)
+    ]
