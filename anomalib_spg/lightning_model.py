@@ -113,7 +113,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         [5]
     """
 
-    prior = Prior(spread=0.6, weight=4.0)  # measured on six textures, where spreads are 0.2 to 1.1
+    prior = Prior(spread=0.5, weight=4.0)  # measured on six textures, where spreads are 0.2 to 1.1
 
     def __init__(
         self,

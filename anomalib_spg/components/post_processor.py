@@ -63,7 +63,7 @@ class GoodPartsPostProcessor(PostProcessor):
         >>> post_processor.place_thresholds()
         >>> shown = post_processor(InferenceBatch(pred_score=torch.tensor([0.39, 0.47, 0.6]), anomaly_map=None))
         >>> shown.pred_score.round(decimals=2), shown.pred_label
-        (tensor([0.2000, 0.4700, 0.8400]), tensor([False, False,  True]))
+        (tensor([0.2000, 0.4600, 0.8400]), tensor([False, False,  True]))
     """
 
     def __init__(
@@ -206,11 +206,8 @@ class GoodPartsPostProcessor(PostProcessor):
             self._store("image", middle, middle - 1)
         pixels = self._pixels["held_out"] + self._pixels["good"]
         if int(pixels.sum()):
-            above = pixels.flip(0).cumsum(0).flip(0) / pixels.sum()  # share of the pixels in this bin and those above
-            edges = torch.linspace(LOWEST, HIGHEST, BINS + 1)
             share = self.pixel_false_alarm_rate or PIXEL_FALSE_ALARM_RATE
-            top = int((above <= share).float().argmax()) if bool((above <= share).any()) else BINS
-            self._store("pixel", float(edges[top]), float(edges[int((above >= 0.5).sum()) - 1]))
+            self._store("pixel", _quantile(pixels, 1 - share), _quantile(pixels, 0.5))
         elif self.threshold is not None:
             self._pixel_threshold.fill_(float("nan"))  # that of the images takes its place
 
@@ -302,6 +299,15 @@ class GoodPartsPostProcessor(PostProcessor):
         x = (logit(cls.to_unit(preds)).to(unit.dtype) - logit(threshold)) / unit
         shown = 0.5 + 1.5 * x / (2 + 3 * x.abs())
         return torch.where(torch.isnan(threshold) | torch.isnan(norm_min), preds.to(shown.dtype), shown)
+
+
+def _quantile(counts: torch.Tensor, share: float) -> float:
+    """Logit below which a share of the counted pixels lies, linear within a bin."""
+    below = counts.double().cumsum(0) / counts.sum()
+    bin_ = min(int(torch.searchsorted(below, share)), BINS - 1)
+    start = float(below[bin_ - 1]) if bin_ else 0.0
+    part = (share - start) / max(float(below[bin_]) - start, 1e-12)
+    return LOWEST + (bin_ + min(max(part, 0.0), 1.0)) * (HIGHEST - LOWEST) / BINS
 
 
 def _of_rejected(masks: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -52,24 +52,22 @@ def overlay(picture: np.ndarray, values: torch.Tensor, patch_size: int, maximum:
     return (grey * (1 - alpha) + np.array([245, 47, 52]) * alpha).astype(np.uint8)
 
 
-def heatmap(picture: np.ndarray, anomaly_map: np.ndarray | torch.Tensor, high: float = 1.0) -> np.ndarray:
-    """Lay an anomaly map over a picture.
+def heatmap(picture: np.ndarray, shown_map: np.ndarray | torch.Tensor) -> np.ndarray:
+    """Lay a map of shown scores over a picture: blue where it is good, green at the threshold, red where it is not.
 
     Args:
         picture (np.ndarray): Picture ``(H, W, 3)``, 8 bits.
-        anomaly_map (np.ndarray | torch.Tensor): Map ``(H, W)``.
-        high (float): Value that is red; the map's lowest value is blue. Defaults to 1.
+        shown_map (np.ndarray | torch.Tensor): Map ``(H, W)`` in [0, 1].
 
     Returns:
         np.ndarray: Picture ``(H, W, 3)``, 8 bits.
 
     Example:
         >>> import torch
-        >>> heatmap(np.zeros((2, 2, 3), np.uint8), torch.ones(2, 2)).shape
-        (2, 2, 3)
+        >>> heatmap(np.zeros((1, 1, 3), np.uint8), torch.full((1, 1), 0.2)).tolist()
+        [[[31, 77, 127]]]
     """
-    values = np.asarray(anomaly_map)
-    colours = colormaps["turbo"]((values - values.min()) / max(high - values.min(), 1e-12))[..., :3] * 255
+    colours = colormaps["turbo"](np.asarray(shown_map, dtype=np.float32))[..., :3] * 255
     return (0.5 * picture + 0.5 * colours).astype(np.uint8)
 
 
@@ -81,6 +79,7 @@ def plot_explanation(
     patch_size: int = 16,
     parts: int = 5,
     title: str | None = None,
+    shown_map: torch.Tensor | None = None,
 ) -> Figure:
     """Show why an image has its score.
 
@@ -96,6 +95,7 @@ def plot_explanation(
         patch_size (int): Side of the backbone's patches in pixels.
         parts (int): Parts to show. Defaults to 5.
         title (str | None): First line. ``None`` says score and decision.
+        shown_map (torch.Tensor | None): Anomaly map ``(H, W)`` of shown scores. ``None`` takes the raw one.
 
     Returns:
         Figure: 12 (without examples 6.5) inches wide, about 8 high with five parts.
@@ -127,7 +127,7 @@ def plot_explanation(
     box = patch_box(explanation.peak, grid, patch_size, CUT)
     for row, (shown, name) in enumerate((
         (picture, "image, and the patch that decides"),
-        (heatmap(picture, explanation.anomaly_map, max(explanation.score, threshold or 0)), "anomaly map"),
+        (heatmap(picture, explanation.anomaly_map if shown_map is None else shown_map), "anomaly map"),
     )):
         axes = show(figure.add_subplot(left[row]), shown, name)
         axes.add_patch(Rectangle((box[1], box[0]), box[2], box[2], fill=False, color="white", linewidth=2))

@@ -207,6 +207,7 @@ class ExplanationVisualizer(ImageVisualizer):
         source = Path(batch.image_path[index])
         threshold = _shown_threshold(pl_module)
         picture = to_picture(batch.image[index], backbone.mean, backbone.std)
+        shown_map = batch.anomaly_map[index].detach().float().squeeze().cpu()
         figure = plot_explanation(
             explanation,
             picture,
@@ -215,12 +216,13 @@ class ExplanationVisualizer(ImageVisualizer):
             backbone.patch_size,
             self.parts,
             title=decision(explanation.score, threshold, rejected),
+            shown_map=shown_map,
         )
         # Names of folders and files may be alike, or no part of an address.
         number = len(self._records) * trainer.world_size + trainer.global_rank
         file = f"{number:05}_{re.sub(r'[^A-Za-z0-9.-]', '_', source.stem)}.jpg"
         figure.savefig(self._folder / "pictures" / file, dpi=DPI, pil_kwargs={"quality": 85})
-        shown = heatmap(picture, explanation.anomaly_map, max(explanation.score, threshold or 0))
+        shown = heatmap(picture, shown_map)
         thumbnail = ImageOps.contain(Image.fromarray(shown), (THUMBNAIL, THUMBNAIL))
         thumbnail.save(self._folder / "thumbnails" / file, quality=85)
         shares = explanation.shares

@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The post-processor keeps every ranking and places thresholds sensibly."""
+"""The post-processor keeps every ranking, takes its thresholds from good parts, and rejects what is no number."""
+
+import json
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from anomalib.data import ImageBatch, InferenceBatch
+from anomalib.data.utils.synthetic import SyntheticAnomalyDataset
 from anomalib.post_processing import PostProcessor
 from sklearn.metrics import roc_auc_score
 
+from anomalib_spg import RawScorePostProcessor
 from anomalib_spg.components.evaluator import default_evaluator
-from anomalib_spg.components.post_processor import OrderPreservingPostProcessor
+from anomalib_spg.components.post_processor import GoodPartsPostProcessor
+from anomalib_spg.components.threshold import good_part_threshold
 
 
 def batch(scores: torch.Tensor, labels: torch.Tensor) -> ImageBatch:
@@ -23,9 +30,11 @@ def batch(scores: torch.Tensor, labels: torch.Tensor) -> ImageBatch:
     )
 
 
-def calibrated(scores: torch.Tensor, labels: torch.Tensor, kind: type = OrderPreservingPostProcessor) -> PostProcessor:
+def calibrated(scores: torch.Tensor, labels: torch.Tensor, kind: type = GoodPartsPostProcessor) -> PostProcessor:
     """A post-processor that has seen validation scores."""
     post_processor = kind()
+    if kind is GoodPartsPostProcessor:
+        post_processor.on_validation_epoch_start(None, None)
     post_processor.on_validation_batch_end(None, None, batch(scores, labels))
     post_processor.on_validation_epoch_end(None, None)
     return post_processor
@@ -42,7 +51,7 @@ def test_metrics_equal_those_of_the_raw_scores() -> None:
     validation_scores = torch.tensor([0.40, 0.42, 0.43, 0.45, 0.46, 0.48])
     validation_labels = torch.tensor([0, 0, 0, 0, 1, 1])
     printed = {}
-    for kind in (OrderPreservingPostProcessor, PostProcessor):
+    for kind in (GoodPartsPostProcessor, PostProcessor):
         post_processor = calibrated(validation_scores, validation_labels, kind)
         evaluator = default_evaluator()
         order = torch.randperm(80)
@@ -55,7 +64,7 @@ def test_metrics_equal_those_of_the_raw_scores() -> None:
                 metric.update(predictions)
         printed[kind] = evaluator.test_metrics[0].compute().item()
     raw = roc_auc_score(labels, scores)
-    assert printed[OrderPreservingPostProcessor] == pytest.approx(raw, abs=1e-6)
+    assert printed[GoodPartsPostProcessor] == pytest.approx(raw, abs=1e-6)
     assert printed[PostProcessor] < raw - 0.005, "the trap this guards against is gone; the guard may be too"
 
 
@@ -64,31 +73,157 @@ def test_normalisation_is_strictly_rising() -> None:
     post_processor = calibrated(torch.tensor([0.3, 0.31, 0.35, 0.36]), torch.tensor([0, 0, 1, 1]))
     scores = torch.linspace(0, 1, 10_001)
     shown = post_processor.forward(InferenceBatch(pred_score=scores, anomaly_map=scores.view(1, 1, 1, -1))).pred_score
-    assert shown[0] == 0
-    assert shown[-1] == pytest.approx(1)
+    assert 0 < shown[0] < 0.05
+    assert 0.9 < shown[-1] < 1
     assert (shown.diff() > 0).all()
 
 
-def test_threshold_is_shown_at_one_half_and_separates() -> None:
-    """The image threshold lies midway between the scores it separates, and they are decided rightly."""
-    scores, labels = torch.tensor([0.2, 0.4, 0.6, 0.9]), torch.tensor([0, 0, 1, 1])
-    post_processor = calibrated(scores, labels)
-    assert post_processor.image_threshold.item() == pytest.approx(0.5)
-    shown = post_processor(InferenceBatch(pred_score=torch.tensor([0.4, 0.5, 0.6]), anomaly_map=None))
-    torch.testing.assert_close(shown.pred_score[1], torch.tensor(0.5))
-    assert shown.pred_label.tolist() == [False, False, True]
+def test_shown_scores_mean_something() -> None:
+    """0.5 at the threshold, 0.2 for a typical good part, 0.8 as far above the threshold on the logit scale."""
+    scores = torch.linspace(0.2, 0.4, 99)
+    post_processor = calibrated(scores, torch.zeros(99, dtype=torch.long))
+    threshold = post_processor.image_threshold
+    far = torch.sigmoid(2 * torch.logit(threshold) - torch.logit(scores.median()))
+    shown = post_processor(InferenceBatch(torch.stack([scores.median(), threshold, far]), None)).pred_score
+    torch.testing.assert_close(shown, torch.tensor([0.2, 0.5, 0.8]), rtol=1e-4, atol=1e-4)
+
+
+def test_bad_images_move_the_threshold() -> None:
+    """It separates what validation holds, as good parts alone would not; a named rate bounds the false alarms."""
+    scores = torch.cat([torch.linspace(0.2, 0.4, 60), torch.linspace(0.45, 0.5, 10), torch.linspace(0.52, 0.9, 20)])
+    labels = torch.tensor([0] * 70 + [1] * 20)
+    batches = batch(scores, labels)
+    thresholds = {}
+    for rate in (None, 0.05):
+        post_processor = GoodPartsPostProcessor(rate)
+        post_processor.on_validation_batch_end(None, None, batches)
+        post_processor.on_validation_epoch_end(None, None)
+        thresholds[rate] = float(post_processor.image_threshold)
+    assert 0.5 < thresholds[0.05] < 0.52
+    assert 0.5 < thresholds[None] < 0.52
+    overlapping = torch.cat([
+        torch.linspace(0.2, 0.5, 70),
+        torch.linspace(0.48, 0.482, 10),
+        torch.linspace(0.55, 0.6, 10),
+    ])
+    named, free = GoodPartsPostProcessor(0.05), GoodPartsPostProcessor()
+    for post_processor in (named, free):
+        post_processor.on_validation_batch_end(None, None, batch(overlapping, labels))
+        post_processor.on_validation_epoch_end(None, None)
+    assert (overlapping[:70] > named.image_threshold).float().mean() <= 0.05
+    assert 0.05 < (overlapping[:70] > free.image_threshold).float().mean() <= 0.1
 
 
 def test_only_normal_validation_images() -> None:
-    """Three standard deviations above the mean on the logit scale; the validation images themselves pass."""
+    """The validation images themselves pass, and what scores far more does not."""
     scores = torch.tensor([0.10, 0.12, 0.15, 0.11, 0.13])
     post_processor = calibrated(scores, torch.zeros(5, dtype=torch.long))
-    logits = torch.logit(scores)
-    expected = torch.sigmoid(logits.mean() + 3 * logits.std(correction=0))
-    torch.testing.assert_close(post_processor.image_threshold, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(post_processor.pixel_threshold, post_processor.image_threshold)
+    expected = good_part_threshold(torch.logit(scores).tolist(), 0.05).logit
+    torch.testing.assert_close(post_processor.image_threshold, torch.tensor(expected).sigmoid(), rtol=1e-4, atol=1e-5)
     shown = post_processor(InferenceBatch(pred_score=torch.cat([scores, torch.tensor([0.9])]), anomaly_map=None))
     assert shown.pred_label.tolist() == [False] * 5 + [True]
+
+
+def test_drawn_anomalies_are_ignored() -> None:
+    """anomalib's synthetic validation anomalies do not move the threshold; its good images count."""
+    trainer = SimpleNamespace(
+        val_dataloaders=SimpleNamespace(
+            dataset=type("Drawn", (SyntheticAnomalyDataset,), {"__init__": lambda _: None, "__del__": lambda _: None})()
+        )
+    )
+    scores = torch.linspace(0.2, 0.4, 50)
+    drawn, alone = GoodPartsPostProcessor(), GoodPartsPostProcessor()
+    drawn.on_validation_batch_end(trainer, None, batch(torch.cat([scores, scores]), torch.tensor([0] * 50 + [1] * 50)))
+    alone.on_validation_batch_end(None, None, batch(scores, torch.zeros(50, dtype=torch.long)))
+    for post_processor in (drawn, alone):
+        post_processor.place_thresholds()
+    assert drawn.image_threshold == alone.image_threshold
+    assert "unknown" in drawn.report()
+
+
+def test_pixels_of_good_parts() -> None:
+    """A thousandth of their pixels lies above the threshold, and only rejected images have a mask."""
+    maps = torch.rand(40, 1, 100, 100) * 0.5
+    post_processor = GoodPartsPostProcessor(pixel_false_alarm_rate=0.001)
+    post_processor.add_good(torch.linspace(0.2, 0.4, 40), maps)
+    post_processor.place_thresholds()
+    assert (maps > post_processor.pixel_threshold).float().mean() == pytest.approx(0.001, rel=0.2)
+    one = torch.full((2, 1, 8, 8), 0.9)
+    result = post_processor(InferenceBatch(pred_score=torch.tensor([0.1, 0.9]), anomaly_map=one))
+    assert result.pred_mask.flatten(1).any(dim=1).tolist() == [False, True]
+    item = ImageBatch(image=torch.zeros(2, 3, 8, 8), pred_score=torch.tensor([0.1, 0.9]), anomaly_map=one)
+    post_processor.post_process_batch(item)
+    assert item.pred_mask.flatten(1).any(dim=1).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_no_number_is_never_accepted(score: float) -> None:
+    """Neither with thresholds nor without."""
+    for post_processor in (
+        calibrated(torch.linspace(0.2, 0.4, 50), torch.zeros(50, dtype=torch.long)),
+        GoodPartsPostProcessor(),
+    ):
+        maps = torch.full((1, 1, 4, 4), score)
+        result = post_processor(InferenceBatch(pred_score=torch.tensor([score]), anomaly_map=maps))
+        assert result.pred_label.tolist() == [True]
+        item = ImageBatch(image=torch.zeros(1, 3, 4, 4), pred_score=torch.tensor([score]), anomaly_map=maps)
+        post_processor.post_process_batch(item)
+        assert item.pred_label.tolist() == [True]
+
+
+def test_another_rate_needs_no_training() -> None:
+    """The scores travel in the checkpoint's plain data; a rate named when it is loaded moves the thresholds."""
+    trained = GoodPartsPostProcessor()
+    trained.add_good(torch.linspace(0.2, 0.4, 99), torch.rand(9, 1, 50, 50) * 0.5)
+    trained.place_thresholds()
+    config = json.loads(json.dumps(trained.checkpoint_config()))
+
+    def load(**arguments: float) -> GoodPartsPostProcessor:
+        loaded = GoodPartsPostProcessor(**arguments)
+        loaded.load_checkpoint_config(config)
+        loaded.load_state_dict(trained.state_dict())
+        return loaded
+
+    assert load().image_threshold == trained.image_threshold
+    moved = load(false_alarm_rate=0.2, pixel_false_alarm_rate=0.1)
+    assert moved.image_threshold < trained.image_threshold
+    assert moved.pixel_threshold < trained.pixel_threshold
+    moved.place_thresholds(false_alarm_rate=0.05)
+    assert moved.image_threshold == trained.image_threshold
+
+
+@pytest.mark.parametrize("arguments", [{"false_alarm_rate": 0.0}, {"pixel_false_alarm_rate": 1.0}])
+def test_bad_rates(arguments: dict) -> None:
+    """Messages name the value."""
+    with pytest.raises(ValueError, match=rf"{next(iter(arguments))}={next(iter(arguments.values()))}"):
+        GoodPartsPostProcessor(**arguments)
+
+
+def test_report_says_what_is_known() -> None:
+    """Number of good parts, the rate with its interval, and that misses are unknown or how many bad parts are found."""
+    few, many = GoodPartsPostProcessor(), GoodPartsPostProcessor()
+    few.add_good(torch.linspace(0.2, 0.4, 8))
+    many.on_validation_batch_end(None, None, batch(torch.linspace(0.2, 0.9, 60), torch.tensor([0] * 50 + [1] * 10)))
+    for post_processor in (few, many):
+        post_processor.place_thresholds()
+    assert re.search(r"from 8 good images: about 5\.0% .*\(.*% to .*%.*39 good images.*misses is unknown", few.report())
+    assert re.search(r"from 50 good images: about 3\.9% .*finds 10 of the 10 bad", many.report())
+    assert "No good image" in GoodPartsPostProcessor().report()
+
+
+def test_other_models_by_one_line() -> None:
+    """Distances far outside [0, 1]: thresholds and shown scores as for our own models, in their order."""
+    post_processor = RawScorePostProcessor()
+    post_processor.on_validation_batch_end(
+        None, None, batch(torch.linspace(20, 30, 50), torch.zeros(50, dtype=torch.long))
+    )
+    post_processor.on_validation_epoch_end(None, None)
+    scores = torch.linspace(0, 100, 500)
+    item = batch(scores.clone(), torch.zeros(500, dtype=torch.long))
+    post_processor.post_process_batch(item)
+    assert (item.pred_score.diff() > 0).all()
+    assert item.pred_label[scores > 31].all()
+    assert not item.pred_label[scores < 29].any()
 
 
 @pytest.mark.parametrize("labels", [[0, 1], [1, 1], [0, 0]])
@@ -104,6 +239,6 @@ def test_degenerate_validation(labels: list[int]) -> None:
 
 def test_without_validation_scores_are_raw() -> None:
     """Nothing is known yet: scores pass, and 0.5 decides."""
-    shown = OrderPreservingPostProcessor()(InferenceBatch(pred_score=torch.tensor([0.2, 0.8]), anomaly_map=None))
+    shown = GoodPartsPostProcessor()(InferenceBatch(pred_score=torch.tensor([0.2, 0.8]), anomaly_map=None))
     torch.testing.assert_close(shown.pred_score, torch.tensor([0.2, 0.8]))
     assert shown.pred_label.tolist() == [False, True]
