@@ -3,6 +3,7 @@
 """Who may import whom. The rules are those of the diagram in CONTRIBUTING.md."""
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from typing import NamedTuple
@@ -130,3 +131,9 @@ def test_no_circles() -> None:
         sorter.prepare()
     except CycleError as error:
         pytest.fail(f"Circle: {' -> '.join(error.args[1])}")
+
+
+def test_every_module_has_its_line() -> None:
+    """The tree in CONTRIBUTING.md names all modules, and no others."""
+    named = re.findall(r"── (\w+\.py) ", (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert sorted(named) == sorted(path.name for path in FILES.values() if path.name != "__init__.py")
