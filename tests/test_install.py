@@ -12,6 +12,8 @@ import pytest
 
 from tests.helpers import FIND, REPOSITORY, run_command
 
+pytestmark = [pytest.mark.command, pytest.mark.slow]
+
 
 @pytest.fixture
 def environment(tmp_path: Path) -> Path:

@@ -147,8 +147,8 @@ def plot_explanation(
         axes.text(0, 0.28, share, fontsize=8, va="center")
         show(figure.add_subplot(rows[row, 1]), overlay(picture, explanation.maps[part], patch_size, maximum), "")
         if cuts[row]:
-            strip = figure.add_subplot(strips[row])
-            show(strip, strip(cuts[row]), "training patches it fires on most" if row == 0 else "")
+            axes = figure.add_subplot(strips[row])
+            show(axes, strip(cuts[row]), "training patches it fires on most" if row == 0 else "")
     if nearest is not None:
         pair = right.subgridspec(2, 1)
         own = crop(picture, explanation.peak, grid, patch_size, max(CUT, compared + 2), outline=compared)

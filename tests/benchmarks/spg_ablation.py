@@ -86,7 +86,7 @@ def main() -> None:
             for _ in range(arguments.views):
                 for images in train[torch.randperm(len(train))].split(8):
                     torch_model(*synthesizer(images))
-            torch_model.fit()
+            torch_model.fit(model.settings)
             torch_model.eval()
             for index, layer in enumerate(layers):
                 maps = []

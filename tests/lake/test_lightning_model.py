@@ -53,6 +53,7 @@ def test_only_the_drawn_images_are_decoded(mvtec: Path, tmp_path: Path) -> None:
     assert model.model.banks[0][0].tokens.shape == (2 * 16, 20)
 
 
+@pytest.mark.slow
 def test_the_draw_follows_the_seed(mvtec: Path, tmp_path: Path) -> None:
     """Same seed, same images and bank; other seeds, other images; None takes all."""
 
@@ -123,6 +124,7 @@ def test_checkpoint_of_another_model(
         engine(tmp_path).test(build(**arguments), datamodule=data(mvtec), ckpt_path=trained[1].best_model_path)
 
 
+@pytest.mark.slow
 def test_text_takes_the_category(mvtec: Path, tmp_path: Path, clip_file: Path) -> None:
     """The datamodule's, unless a name is given; a folder without one is an object; the checkpoint needs no tower."""
 

@@ -167,6 +167,7 @@ def test_normal_images_score_near_zero(kind: str, selection: str, create: Create
     assert normal.max() < 0.05 * new.min()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_exported_equals_torch(kind: str, create: Create, tmp_path: Path) -> None:
     """ONNX at f32 precision."""
@@ -192,6 +193,7 @@ def test_half_precision_and_pickle(kind: str, create: Create) -> None:
         assert torch.equal(expected, found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_checkpoint(kind: str, create: Create, mvtec: Path, tmp_path: Path) -> None:
     """A new model with the callback says what the trained one said; one without cannot read the checkpoint."""
@@ -258,6 +260,8 @@ def test_nothing_stored(create: Create) -> None:
         model.fit()
 
 
+@pytest.mark.command
+@pytest.mark.slow
 def test_command(mvtec: Path, tmp_path: Path, anomalib_command: Callable[..., str]) -> None:
     """`anomalib train`, and `anomalib predict` from its checkpoint."""
     model = [

@@ -16,6 +16,7 @@ from anomalib_lake.text import embed_prompts, prompts, read_checkpoint, text_tow
 from tests.helpers import TINY_CLIP
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("theirs", "ours"),
     [

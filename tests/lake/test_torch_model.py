@@ -74,6 +74,7 @@ def test_scales() -> None:
     assert model.banks[0][1].patch_indices.tolist() == kept * 2
 
 
+@pytest.mark.slow
 def test_fusion_with_text(clip_file: Path) -> None:
     """0.7 structural and 0.3 semantic, the latter from the last block, projected, against the two embeddings."""
     normal, images = torch.randn(2, 3, 64, 64), torch.randn(3, 3, 64, 64)
@@ -93,6 +94,7 @@ def test_fusion_with_text(clip_file: Path) -> None:
     torch.testing.assert_close(model(images).pred_score.double(), expected.amax(dim=1), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_own_prompts_and_class_name_change_the_embeddings(clip_file: Path) -> None:
     """Whatever is said reaches the tower."""
 
@@ -228,6 +230,7 @@ def test_bad_arguments(arguments: dict, message: str) -> None:
         LAKEModel(**{"backbone": TINY, "pre_trained": False, **arguments})
 
 
+@pytest.mark.slow
 def test_defaults() -> None:
     """Text goes by itself with CLIP and without it elsewhere; layers by depth."""
     assert LAKEModel(TINY_CLIP).text_weight == pytest.approx(0.3)

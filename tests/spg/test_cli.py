@@ -23,6 +23,8 @@ from PIL import Image
 from anomalib_spg import SPG
 from tests.helpers import REPOSITORY, few_textiles, make_mvtec, metric
 
+pytestmark = [pytest.mark.command, pytest.mark.slow]
+
 COUNT = 12  # images per folder
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 

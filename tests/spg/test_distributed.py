@@ -4,6 +4,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import distributed, multiprocessing
 
@@ -44,6 +45,7 @@ def process(rank: int, folder: Path) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     """Same dictionary, same bookkeeping of dead atoms, same guides, in both processes and in one with all images."""
     multiprocessing.spawn(process, (tmp_path,), nprocs=2)

@@ -10,6 +10,8 @@ import pytest
 
 from tests.helpers import FIND, fake_distribution, run_command
 
+pytestmark = pytest.mark.command
+
 
 def python(code: str, folder: Path, *paths: Path) -> str:
     """Run code in a new interpreter, with folders put before the installed packages."""

@@ -108,6 +108,7 @@ def test_space_is_checked_first(tmp_path: Path) -> None:
         check_space(tmp_path / "not" / "there", free * 2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_freed_memory_goes_back_to_the_system(tmp_path: Path) -> None:
     """Holes between small objects that stay, as hundreds of written batches leave them, are given back by the next."""

@@ -144,6 +144,8 @@ def finished(command: Command, interrupted: tuple[str, pd.DataFrame]) -> tuple[s
     return output, command.rows()
 
 
+@pytest.mark.command
+@pytest.mark.slow
 def test_interruption_keeps_results(interrupted: tuple[str, pd.DataFrame]) -> None:
     """What was done is there, the rest is not, and the message says how to go on."""
     output, rows = interrupted
@@ -152,6 +154,8 @@ def test_interruption_keeps_results(interrupted: tuple[str, pd.DataFrame]) -> No
     assert "Interrupted. The same command goes on" in output
 
 
+@pytest.mark.command
+@pytest.mark.slow
 def test_the_same_command_goes_on(interrupted: tuple[str, pd.DataFrame], finished: tuple[str, pd.DataFrame]) -> None:
     """Finished jobs are not run again: their rows, with their durations, are the same."""
     before, (output, after) = interrupted[1], finished
@@ -161,6 +165,8 @@ def test_the_same_command_goes_on(interrupted: tuple[str, pd.DataFrame], finishe
     pd.testing.assert_frame_equal(after[before.columns].iloc[: len(before)], before, check_dtype=False)
 
 
+@pytest.mark.command
+@pytest.mark.slow
 def test_failing_job_is_named_and_the_others_run(finished: tuple[str, pd.DataFrame]) -> None:
     """Name and error at the time and the name at the end; eight rows."""
     output, rows = finished
@@ -172,6 +178,8 @@ def test_failing_job_is_named_and_the_others_run(finished: tuple[str, pd.DataFra
     assert not rows["job"].duplicated().any()
 
 
+@pytest.mark.command
+@pytest.mark.slow
 def test_all_models_have_all_metrics(command: Command, finished: tuple[str, pd.DataFrame]) -> None:
     """Models with other arguments, and a zero-shot one, in one file; without mangled settings."""
     rows = finished[1]
@@ -182,6 +190,8 @@ def test_all_models_have_all_metrics(command: Command, finished: tuple[str, pd.D
     assert written["model.init_args.k_shot"].tolist()[-2:] == ["1", "2"]
 
 
+@pytest.mark.command
+@pytest.mark.slow
 def test_guides_are_learned_once(command: Command, finished: tuple[str, pd.DataFrame]) -> None:
     """Four SPG jobs differ in target and image score only; the interrupted run had learned their guides."""
     log = (command.output / "benchmark.log").read_text(encoding="utf-8")
@@ -191,6 +201,8 @@ def test_guides_are_learned_once(command: Command, finished: tuple[str, pd.DataF
     assert len(set(finished[1]["guides"].dropna())) == 1
 
 
+@pytest.mark.command
+@pytest.mark.slow
 def test_tables_are_printed(finished: tuple[str, pd.DataFrame]) -> None:
     """At the end, failing or not."""
     assert "| LAKE, k_shot=2 " in finished[0]

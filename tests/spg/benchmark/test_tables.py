@@ -137,6 +137,7 @@ def test_what_is_no_result_is_named(content: str | None, message: str, tmp_path:
     assert str(path) in str(error.value)
 
 
+@pytest.mark.command
 def test_command(tmp_path: Path) -> None:
     """Prints the tables; an error is one line and a failing exit status."""
     path = write(tmp_path / "results.csv")

@@ -19,6 +19,7 @@ CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "patch_size", "dim", "statistics"),
     [

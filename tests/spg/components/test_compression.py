@@ -45,6 +45,7 @@ def trained(
     return model.eval(), datamodule
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compression", ["int8", "int8_ptq"])
 def test_scores_survive(trained: tuple[AnomalibModule, MVTecAD], compression: str, mvtec: Path, tmp_path: Path) -> None:
     """Raw scores of INT8 follow those of torch, and so do maps."""

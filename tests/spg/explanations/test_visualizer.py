@@ -64,9 +64,9 @@ def check_folder(results: Path, unit: str) -> dict[str, Any]:
     """Every rejected image has a record, a picture and a thumbnail; return the records."""
     folder = results / "explanations"
     run = json.loads((folder / "explanations.json").read_text())
-    assert run["unit"] == unit
     assert run["images"]
     for image in run["images"]:
+        assert image["unit"] == unit
         assert image["rejected"]
         assert image["score"] > image["threshold"]
         assert image["category"] == "textile"
@@ -80,6 +80,8 @@ def check_folder(results: Path, unit: str) -> dict[str, Any]:
     return run
 
 
+@pytest.mark.command
+@pytest.mark.slow
 def test_spg(spg: Path) -> None:
     """Records and pictures; the examples file holds patches of every atom in use."""
     run = check_folder(spg, "atom")
@@ -89,6 +91,8 @@ def test_spg(spg: Path) -> None:
     assert all(examples.of(part["block"], part["unit"]) for image in run["images"] for part in image["parts"])
 
 
+@pytest.mark.command
+@pytest.mark.slow
 def test_lake(lake: Path) -> None:
     """Records and pictures; the normal images are kept; the neurons are in the records."""
     run = check_folder(lake, "neuron")
@@ -96,6 +100,8 @@ def test_lake(lake: Path) -> None:
     assert {block: len(numbers) for block, numbers in run["neurons"].items()} == {"4": 100, "7": 100}
 
 
+@pytest.mark.command
+@pytest.mark.slow
 def test_predict_from_checkpoint(
     spg: Path, quickstart: Path, tmp_path: Path, anomalib_command: Callable[..., str]
 ) -> None:
@@ -149,6 +155,7 @@ def runs(tmp_path: Path) -> Path:
         images = [
             {
                 **common,
+                "unit": "atom",
                 "category": category,
                 "name": f"bad/{category}{number}</script><b>.png",
                 "score": score,
@@ -162,12 +169,13 @@ def runs(tmp_path: Path) -> Path:
         folder.mkdir(parents=True)
         for name in ("p.jpg", "t.jpg"):
             Image.new("RGB", (8, 8)).save(folder / name)
-        run = {"model": "SPG", "unit": "atom", "figures": {}, "learned": "same", "category": category, "images": images}
+        run = {"model": "SPG", "figures": {}, "learned": "same", "category": category, "images": images}
         (folder / "explanations.json").write_text(json.dumps(run))
         (folder.parent.parent / "latest").symlink_to(folder.parent)
     return tmp_path
 
 
+@pytest.mark.command
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
 def test_page_in_a_browser(runs: Path) -> None:
     """Worst first, filters by category, decision and atom, one image opened; nothing is fetched from elsewhere."""
@@ -188,6 +196,7 @@ def test_page_in_a_browser(runs: Path) -> None:
     assert "3 of 4 images" in opened
 
 
+@pytest.mark.command
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
 def test_clicks_in_a_browser(runs: Path) -> None:
     """A card opens on a click, the arrow goes to the next, an atom filters by itself, the list by category."""
@@ -210,6 +219,8 @@ def test_clicks_in_a_browser(runs: Path) -> None:
     assert len(names(after(choose + "c.dispatchEvent(new Event('input', {bubbles: true}));"))) == 1
 
 
+@pytest.mark.command
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
 def test_real_page_in_a_browser(spg: Path) -> None:
     """The page of a real run shows what the records hold, and its pictures are there."""
@@ -265,6 +276,8 @@ def test_other_models_are_refused() -> None:
         ExplanationVisualizer(explain="some")
 
 
+@pytest.mark.command
+@pytest.mark.slow
 def test_sensitivity_decides(spg: Path, tmp_path: Path) -> None:
     """Rejected is what anomalib rejects, also where a sensitivity moves the threshold; the raw one is not shown."""
     model = SPG.load_from_checkpoint(spg / "weights/lightning/model.ckpt", visualizer=ExplanationVisualizer())
@@ -381,6 +394,8 @@ def test_off_costs_nothing() -> None:
     assert not model.model.backbone._forward_hooks
 
 
+@pytest.mark.command
+@pytest.mark.slow
 def test_faithfulness(spg: Path, quickstart: Path) -> None:
     """Without its top 10 atoms or neurons a defect loses far more of its score than without 10 random ones."""
     transform = default_pre_processor(BACKBONE, (448, 448)).transform
