@@ -8,7 +8,7 @@ Reference: Latent Anomaly Knowledge Excavation (arXiv 2604.07802).
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from anomalib.data import Batch
@@ -34,7 +34,7 @@ from .torch_model import DEFAULT_BACKBONE, LAKEModel
 logger = logging.getLogger(__name__)
 
 
-class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
+class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore[misc]  # as AnomalibModule itself
     """LAKE: Latent Anomaly Knowledge Excavation.
 
     Training-free. A few normal images show which neurons of a frozen foundation model are sensitive; how far a patch
@@ -167,7 +167,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         """
         if stage == "fit" and self.seed is not None:
             seed_everything(self.seed, workers=True)
-        datamodule = getattr(self.trainer, "datamodule", None)
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and datamodule is None:
             logger.warning(
                 "Without a datamodule LAKE uses every training image; k_shot and few_shot_source do nothing."
@@ -187,10 +187,11 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
     def on_train_start(self) -> None:
         """Give the datamodule its training set back: the dataloader of the drawn images is made by now."""
         if self._training_set is not None:
-            self.trainer.datamodule.train_data = self._training_set
+            datamodule: Any = getattr(self.trainer, "datamodule", None)
+            datamodule.train_data = self._training_set
             self._training_set = None
 
-    def training_step(self, batch: Batch, *args, **kwargs) -> STEP_OUTPUT:
+    def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Store the patch tokens of a batch of normal images.
 
         Args:
@@ -203,9 +204,10 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         """
         del args, kwargs
         start = self.model.num_stored
-        self.model(batch.image)
+        images = cast("torch.Tensor", batch.image)
+        self.model(images)
         if self.examples is not None:
-            self.examples.add(batch.image, self.model.backbone.mean, self.model.backbone.std, start)
+            self.examples.add(images, self.model.backbone.mean, self.model.backbone.std, start)
         return torch.tensor(0.0, requires_grad=True, device=self.device)
 
     def fit(self) -> None:

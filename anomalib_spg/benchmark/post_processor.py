@@ -2,6 +2,8 @@
 
 """Post-processor for models whose raw scores lie anywhere, so that all are rated in the order of their scores."""
 
+from typing import Any
+
 import torch
 from anomalib.data import Batch
 from lightning import LightningModule, Trainer
@@ -29,9 +31,9 @@ class RawScorePostProcessor(OrderPreservingPostProcessor):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Batch,
-        *args,
-        **kwargs,
+        outputs: Any,  # noqa: ANN401  # Lightning's type has no batches of anomalib
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Bring the scores into (0, 1) before thresholds and extremes are computed from them."""
         for field in ("pred_score", "anomaly_map"):
@@ -53,9 +55,9 @@ class RawScorePostProcessor(OrderPreservingPostProcessor):
         threshold: torch.Tensor,
     ) -> torch.Tensor | None:
         """As the base class, from raw scores; in double precision, so that rounding ties none of them."""
-        if preds is None:
-            return preds
-        return OrderPreservingPostProcessor._normalize(squash(preds), norm_min, norm_max, threshold).float()  # noqa: SLF001
+        squashed = None if preds is None else squash(preds)
+        normalized = OrderPreservingPostProcessor._normalize(squashed, norm_min, norm_max, threshold)  # noqa: SLF001
+        return None if normalized is None else normalized.float()
 
 
 def squash(scores: torch.Tensor) -> torch.Tensor:

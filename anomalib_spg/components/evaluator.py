@@ -6,7 +6,7 @@ from anomalib.metrics import AUPRO, AUROC, AnomalibMetric, Evaluator, F1Score
 from torchmetrics.classification import BinaryAveragePrecision
 
 
-class AveragePrecision(AnomalibMetric, BinaryAveragePrecision):
+class AveragePrecision(AnomalibMetric, BinaryAveragePrecision):  # type: ignore[misc]  # as anomalib's own metrics
     """Average precision of torchmetrics as an anomalib metric; anomalib's AUPR is the trapezoidal area instead."""
 
 

@@ -3,7 +3,7 @@
 """What the Lightning files of both models have in common."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from anomalib import LearningType
 from anomalib.data import Batch
@@ -21,13 +21,8 @@ from .post_processor import OrderPreservingPostProcessor
 from .pre_processor import default_pre_processor
 from .unreadable import NameUnreadableImages
 
-if TYPE_CHECKING:
-    from anomalib.models.components import AnomalibModule as _Base
-else:
-    _Base = object
 
-
-class FrozenBackboneMixin(CompressBackboneOnly, _Base):
+class FrozenBackboneMixin(CompressBackboneOnly):
     """Mixin of an anomalib model whose ``model.backbone`` is a :class:`Backbone`; goes before ``AnomalibModule``.
 
     Attributes:
@@ -105,7 +100,7 @@ class FrozenBackboneMixin(CompressBackboneOnly, _Base):
         """Return no optimiser: what is learned is learned from stored tokens, after the pass over the images."""
         return
 
-    def validation_step(self, batch: Batch, *args, **kwargs) -> STEP_OUTPUT:
+    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Find anomalies in a validation batch.
 
         Args:

@@ -2,8 +2,9 @@
 
 """Post-processor that keeps the order of scores, so that it cannot change a ranking metric."""
 
+from typing import Any
+
 import torch
-from anomalib.data import Batch
 from anomalib.post_processing import PostProcessor
 from lightning import LightningModule, Trainer
 
@@ -32,7 +33,7 @@ class OrderPreservingPostProcessor(PostProcessor):
         tensor([0.0500, 0.5000, 0.9500, 0.9975])
     """
 
-    def __init__(self, **kwargs) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._validation_scores: list[torch.Tensor] = []
         self._validation_labels: list[torch.Tensor] = []
@@ -41,9 +42,9 @@ class OrderPreservingPostProcessor(PostProcessor):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Batch,
-        *args,
-        **kwargs,
+        outputs: Any,  # noqa: ANN401  # Lightning's type has no batches of anomalib
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Gather what the thresholds and the normalisation are computed from."""
         super().on_validation_batch_end(trainer, pl_module, outputs, *args, **kwargs)
