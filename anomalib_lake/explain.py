@@ -68,7 +68,9 @@ def _explain_image(
     image_size: tuple[int, int],
 ) -> Explanation:
     """Explain one image from its raw tokens ``(N, D)`` by block and its semantic activation ``(N,)``."""
-    splits, distances, matches = [], [], []  # by scale: (N, L, K), (N, L), (N, L)
+    splits: list[torch.Tensor] = []  # by scale: (N, L, K)
+    distances: list[torch.Tensor] = []  # (N, L)
+    matches: list[torch.Tensor] = []  # (N, L)
     for number, scale in enumerate(model.scales):
         found = []
         for block, neurons, banks in zip(model.layers, model.neurons, model.banks, strict=True):

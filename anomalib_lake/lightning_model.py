@@ -8,7 +8,7 @@ Reference: Latent Anomaly Knowledge Excavation (arXiv 2604.07802).
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from anomalib.data import Batch
@@ -37,7 +37,7 @@ from .torch_model import DEFAULT_BACKBONE, LAKEModel
 logger = logging.getLogger(__name__)
 
 
-class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
+class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore[misc]  # as AnomalibModule itself
     """LAKE: Latent Anomaly Knowledge Excavation.
 
     Training-free. A few normal images show which neurons of a frozen foundation model are sensitive; how far a patch
@@ -178,7 +178,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         """
         if stage == "fit" and self.seed is not None:
             seed_everything(self.seed, workers=True)
-        datamodule = getattr(self.trainer, "datamodule", None)
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
         if stage == "fit":
             self._is_fitted = torch.tensor([False], device=self.device)
             self.model.forget()
@@ -207,7 +207,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             shown = ", ".join(self.normal_images[:8]) + (", ..." if len(self.normal_images) > 8 else "")
             logger.info("LAKE uses %d normal images: %s", len(self.normal_images), shown)
 
-    def training_step(self, batch: Batch, *args, **kwargs) -> STEP_OUTPUT:
+    def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Store the patch tokens of a batch of normal images.
 
         Args:
@@ -220,9 +220,10 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         """
         del args, kwargs
         start = self.model.num_stored
-        self.model(batch.image)
+        images = cast("torch.Tensor", batch.image)
+        self.model(images)
         if self.examples is not None:
-            self.examples.add(batch.image, self.model.backbone.mean, self.model.backbone.std, start)
+            self.examples.add(images, self.model.backbone.mean, self.model.backbone.std, start)
         return torch.tensor(0.0, requires_grad=True, device=self.device)
 
     def fit(self) -> None:
@@ -232,7 +233,8 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         if isinstance(self.post_processor, GoodPartsPostProcessor):
             # Each normal image against the others. Their maps count only where there are no other good images.
             maps = left_out.anomaly_map if self.held_out is None or not len(self.held_out) else None
-            self.post_processor.add_good(left_out.pred_score, maps, learned_from=True)
+            if left_out.pred_score is not None:
+                self.post_processor.add_good(left_out.pred_score, maps, learned_from=True)
         self.score_held_out()
         banks = self.model.banks[0]
         logger.info(

@@ -2,14 +2,17 @@
 
 """LAKE's choice of neurons for anomalib's own models with a memory bank."""
 
+from typing import Any
+
 import numpy as np
 import torch
-from anomalib.models import AnomalibModule
 from anomalib.models.image.anomaly_dino.torch_model import AnomalyDINOModel
 from anomalib.models.image.patchcore.torch_model import PatchcoreModel
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
+
+from anomalib_spg.components.module_list import ModuleList
 
 from .neurons import Selection, SensitiveNeurons
 
@@ -66,17 +69,17 @@ class SelectSensitiveNeurons(Callback):
         del trainer, stage
         self.attach(pl_module)
 
-    def attach(self, model: AnomalibModule) -> None:
+    def attach(self, model: LightningModule) -> None:
         """Give a model the selection; one that has it keeps its own.
 
         Args:
-            model (AnomalibModule): PatchCore or AnomalyDINO, not fitted yet.
+            model (LightningModule): PatchCore or AnomalyDINO, not fitted yet.
 
         Raises:
             TypeError: If the model is neither PatchCore nor AnomalyDINO.
             ValueError: If the model has a bank of all channels already.
         """
-        inner = getattr(model, "model", None)
+        inner: Any = getattr(model, "model", None)
         if isinstance(inner, _SensitiveBank):
             return
         if type(inner) not in _SENSITIVE:
@@ -94,11 +97,11 @@ class _SensitiveBank(nn.Module):
     """What both models share: sensitive neurons of each layer.
 
     Attributes:
-        neurons (nn.ModuleList): A :class:`SensitiveNeurons` for each layer.
+        neurons (ModuleList): A :class:`SensitiveNeurons` for each layer.
         widths (list[int]): Channels of each layer.
     """
 
-    neurons: nn.ModuleList
+    neurons: "ModuleList[SensitiveNeurons]"
     widths: list[int]
     memory_bank: torch.Tensor
     embedding_store: list[torch.Tensor]
@@ -125,15 +128,15 @@ class SensitivePatchcoreModel(_SensitiveBank, PatchcoreModel):
     def make_neurons(self, count: int, selection: Selection) -> None:
         """Prepare the choice of ``count`` neurons of each layer."""
         self.widths = list(self.feature_extractor.out_dims)
-        self.neurons = nn.ModuleList(SensitiveNeurons(count, selection, "none") for _ in self.widths)
+        self.neurons = ModuleList(SensitiveNeurons(count, selection, "none") for _ in self.widths)
         self.neurons.to(self.memory_bank)
 
-    def reshape_embedding(self, embedding: torch.Tensor) -> torch.Tensor:
+    def reshape_embedding(self, embedding: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # static there
         """Bring maps ``(B, D, H, W)`` to tokens ``(B * H * W, D)``, of the chosen neurons once there is a bank."""
         tokens = super().reshape_embedding(embedding)
         return tokens if self.training else self.restrict(tokens)
 
-    def subsample_embedding(self, sampling_ratio: float) -> None:
+    def subsample_embedding(self, sampling_ratio: float) -> None:  # type: ignore[override]  # one argument less
         """Choose the neurons, then the coreset."""
         self.choose()
         super().subsample_embedding(sampling_ratio)
@@ -145,7 +148,7 @@ class SensitiveAnomalyDINOModel(_SensitiveBank, AnomalyDINOModel):
     def make_neurons(self, count: int, selection: Selection) -> None:
         """Prepare the choice of ``count`` neurons."""
         self.widths = list(self.feature_encoder.out_dims)
-        self.neurons = nn.ModuleList([SensitiveNeurons(count, selection, "after")])
+        self.neurons = ModuleList([SensitiveNeurons(count, selection, "after")])
         self.neurons.to(self.memory_bank)
 
     def extract_features(self, image_tensor: torch.Tensor) -> torch.Tensor:
@@ -158,7 +161,11 @@ class SensitiveAnomalyDINOModel(_SensitiveBank, AnomalyDINOModel):
         # unit length comes first because the stored tokens, by which the neurons were chosen, have it
         return self.restrict(F.normalize(tokens, dim=-1))
 
-    def compute_background_masks(self, batch_features: np.ndarray, grid_size: tuple[int, int]) -> np.ndarray:
+    def compute_background_masks(  # type: ignore[override]  # static there
+        self,
+        batch_features: np.ndarray,
+        grid_size: tuple[int, int],
+    ) -> np.ndarray:
         """Tell foreground ``(B, N)`` from background by all channels, as without the selection."""
         if not self.training:
             batch_features = self._all_channels.detach().cpu().numpy()
@@ -170,4 +177,7 @@ class SensitiveAnomalyDINOModel(_SensitiveBank, AnomalyDINOModel):
         super().fit()
 
 
-_SENSITIVE = {PatchcoreModel: SensitivePatchcoreModel, AnomalyDINOModel: SensitiveAnomalyDINOModel}
+_SENSITIVE: dict[type[nn.Module], type[_SensitiveBank]] = {
+    PatchcoreModel: SensitivePatchcoreModel,
+    AnomalyDINOModel: SensitiveAnomalyDINOModel,
+}

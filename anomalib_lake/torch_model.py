@@ -19,6 +19,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_spg.components.anomaly_map import AnomalyMapGenerator
 from anomalib_spg.components.backbone import Backbone, is_clip, num_blocks
+from anomalib_spg.components.module_list import ModuleList
 
 from .bank import NormalityBank, average_neighbors, left_out_images
 from .neurons import Normalization, Selection, SensitiveNeurons
@@ -149,9 +150,13 @@ class LAKEModel(nn.Module):
         if text_weight > 0:
             prompts("object", normal_prompts, anomalous_prompts)  # a mistake in them shows now, not after the images
         self.temperature = temperature
-        self.neurons = nn.ModuleList(SensitiveNeurons(num_neurons, selection, normalization) for _ in self.layers)
+        self.neurons: ModuleList[SensitiveNeurons] = ModuleList(
+            SensitiveNeurons(num_neurons, selection, normalization) for _ in self.layers
+        )
         # One per layer and scale.
-        self.banks = nn.ModuleList(nn.ModuleList(NormalityBank(bank_size) for _ in self.scales) for _ in self.layers)
+        self.banks: ModuleList[ModuleList[NormalityBank]] = ModuleList(
+            ModuleList(NormalityBank(bank_size) for _ in self.scales) for _ in self.layers
+        )
         # Row 0 normal, row 1 anomalous.
         self.register_buffer("text_embeddings", torch.zeros(2, self.backbone.vit.num_classes if text_weight > 0 else 0))
         self.text_embeddings: torch.Tensor

@@ -84,7 +84,7 @@ class AuxiliaryTarget(AnomalibDataModule):
             ]
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]  # an attribute in Lightning, a property in anomalib
         """Name of the datamodule: both datasets' names."""
         return self._name
 

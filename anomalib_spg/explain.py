@@ -50,8 +50,8 @@ def explain(model: SPGModel, tokens: Tokens, image_size: tuple[int, int]) -> lis
         (True, torch.Size([6, 4, 4]))
     """
     layers = list(zip(model.guides, tokens.patches, strict=True))
-    maps = [_terms(patches, guides.atoms, guides.local_strengths(), model.temperature) for guides, patches in layers]
-    maps = torch.cat(maps, dim=2) / len(layers)
+    terms = [_terms(patches, guides.atoms, guides.local_strengths(), model.temperature) for guides, patches in layers]
+    maps = torch.cat(terms, dim=2) / len(layers)
     probability = 0.5 + maps.sum(dim=2)
     patch_map = rearrange(probability, "b (h w) -> b h w", h=tokens.grid[0])
     anomaly_map = model.anomaly_map_generator(patch_map, image_size)[:, 0]

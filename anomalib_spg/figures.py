@@ -56,7 +56,7 @@ def plot_guides(guides: Guides, block: int, examples: Examples | None = None, at
         axes.set(title=name, xlim=(0, limit), ylim=(atoms - 0.5, -0.5), xlabel="strength")
         axes.set_yticks(range(len(chosen)), [f"atom {int(guides.atom_indices[i])}" for i in chosen])
         axes.spines[["top", "right"]].set_visible(False)
-        if has_examples:
+        if examples is not None and has_examples:
             strips = columns[0, number * 2 + 1].subgridspec(atoms, 1)
             for row, i in enumerate(chosen):
                 cuts = examples.of(block, int(guides.atom_indices[i]), CUT)

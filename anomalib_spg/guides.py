@@ -228,9 +228,9 @@ def train_guides(
     broadcast(coefficients.parameters())
     batch_size = max(1, batch_size // num_processes())
 
-    def average(kept: torch.Tensor, new: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    def average(kept: torch.Tensor, new: torch.Tensor, step: torch.Tensor | int) -> torch.Tensor:
         decay = settings.ema_decay
-        weight = torch.clamp((1 + step) / (10 + step), max=decay) if settings.ema_warmup else decay
+        weight = torch.as_tensor((1 + step) / (10 + step)).clamp(max=decay) if settings.ema_warmup else decay
         return torch.lerp(new, kept, torch.as_tensor(weight, dtype=new.dtype, device=new.device))
 
     averaged = AveragedModel(coefficients, avg_fn=average)  # its first update copies

@@ -9,14 +9,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from anomalib.data import Batch
+from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule, MemoryBankMixin
 from anomalib.visualization import Visualizer
-from lightning.pytorch import LightningDataModule, seed_everything
+from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from matplotlib.figure import Figure
 from torch import nn
@@ -42,7 +42,7 @@ FEWEST = 8  # good images from which on some are held out
 OWN_IMAGES = 0.3  # by how much images it has learned from score less than new ones, on the logit scale (measured)
 
 
-class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
+class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore[misc]  # as AnomalibModule itself
     """SPG: Sparse-Projected Guides.
 
     A sparse autoencoder's dictionary over the patch tokens of a frozen foundation model, and four sparse guides written
@@ -210,7 +210,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         """
         if stage == "fit" and self.seed is not None:
             seed_everything(self.seed, workers=True)
-        datamodule = getattr(self.trainer, "datamodule", None)
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and len(getattr(datamodule, "train_data", [None])) == 0:
             msg = f"The training set of {datamodule.name} is empty. Check the datamodule's root, category and folders."
             raise ValueError(msg)
@@ -224,7 +224,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             # all-reduce their own gradients. So one small frozen parameter is declared trainable; its gradient is zero.
             min(self.model.backbone.parameters(), key=torch.Tensor.numel).requires_grad_()
 
-    def _hold_out(self, datamodule: LightningDataModule) -> None:
+    def _hold_out(self, datamodule: Any) -> None:  # noqa: ANN401  # any of anomalib's datamodules
         dataset = datamodule.train_data
         self.held_out, self._learned_from_all = None, False
         if self._is_labelled(dataset) or good_validation_images(datamodule) >= ENOUGH:
@@ -250,9 +250,10 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         if self.guides_file is not None:
             logger.info("SPG uses the guides in %s; nothing is trained.", self.guides_file)
             return
-        dataset = self.trainer.train_dataloader.dataset
+        loader: Any = self.trainer.train_dataloader
+        dataset = loader.dataset
         labelled = self._is_labelled(dataset)
-        images = len(self.trainer.train_dataloader.sampler)  # this process's share
+        images = len(loader.sampler)  # this process's share
         total = images * (1 if labelled else self.views)
         backbone = self.model.backbone
         size = self.input_size or backbone.image_size
@@ -288,11 +289,11 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
     def _is_labelled(dataset: Any) -> bool:  # noqa: ANN401  # any dataset a user may bring
         return bool(getattr(dataset, "has_anomalous", False))
 
-    def training_step(self, batch: Batch, *args, **kwargs) -> STEP_OUTPUT:
+    def training_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Pass a batch through the backbone and store its tokens; see :meth:`fit` for the learning.
 
         Args:
-            batch (Batch): Labelled images with masks, or normal images.
+            batch (ImageBatch): Labelled images with masks, or normal images.
             *args: Additional arguments (unused).
             **kwargs: Additional keyword arguments (unused).
 
@@ -304,7 +305,9 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         """
         del args, kwargs
         if self.guides_file is None:
-            labelled = self._is_labelled(self.trainer.train_dataloader.dataset)
+            loader: Any = self.trainer.train_dataloader
+            labelled = self._is_labelled(loader.dataset)
+            whole = cast("torch.Tensor", batch.image)
             if labelled and batch.gt_mask is None:
                 msg = (
                     "SPG learns from masks, but the training images have none "
@@ -316,21 +319,23 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             for view in tqdm(range(views), desc="views", unit="view", leave=False, disable=views == 1):
                 names = [f"{path}#{view}" for path in batch.image_path or []]
                 # without those that an interrupted run has stored
-                new = [index for index in range(len(batch.image)) if not names or names[index] not in self.model.store]
+                new = [index for index in range(len(whole)) if not names or names[index] not in self.model.store]
                 if not new:
                     continue
-                names = [names[index] for index in new] if names else None
-                images, labels = batch.image[new], None
+                new_names = [names[index] for index in new] if names else None
+                images, labels = whole[new], None
                 if labelled:
-                    masks, labels = batch.gt_mask[new], batch.gt_label[new]
+                    masks = cast("torch.Tensor", batch.gt_mask)[new]
+                    labels = cast("torch.Tensor", batch.gt_label)[new]
                 else:
                     images, masks = self.synthesizer(images)
                 start = len(self.model.store)
-                self.model(images, masks, labels, names)
+                self.model(images, masks, labels, new_names)
                 if self.examples is not None:
-                    self.examples.add(images, self.model.backbone.mean, self.model.backbone.std, start, names)
+                    self.examples.add(images, self.model.backbone.mean, self.model.backbone.std, start, new_names)
         trained = [parameter.sum() for parameter in self.model.parameters() if parameter.requires_grad]
-        return 0 * sum(trained) if trained else torch.tensor(0.0, requires_grad=True, device=self.device)
+        zero = torch.tensor(0.0, requires_grad=True, device=self.device)
+        return 0 * sum(trained, start=zero) if trained else zero
 
     def fit(self) -> None:
         """Learn dictionary and guides from the stored tokens, and save the guides file."""
@@ -348,7 +353,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
 
         self.model.fit(self.settings, log, learned)
         datamodule = getattr(self.trainer, "datamodule", None)
-        dataset = self.trainer.train_dataloader.dataset
+        loader: Any = self.trainer.train_dataloader
         path = Path(self.trainer.default_root_dir) / "weights" / "guides.safetensors"
         if self.trainer.is_global_zero:
             self.model.save_guides(
@@ -356,8 +361,8 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
                 dataset=getattr(datamodule, "name", None),
                 category=getattr(datamodule, "category", None),
                 categories=getattr(datamodule, "auxiliary_categories", None),
-                images=len(dataset),
-                labels="labelled" if self._is_labelled(dataset) else "synthetic",
+                images=len(loader.dataset),
+                labels="labelled" if self._is_labelled(loader.dataset) else "synthetic",
             )
         self.model.store.clear()
         self.score_held_out(self._learned_from_all, OWN_IMAGES if self._learned_from_all else 0.0)

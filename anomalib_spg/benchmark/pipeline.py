@@ -27,7 +27,7 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -169,7 +169,11 @@ class BenchmarkJobGenerator(JobGenerator):
         """The class of the jobs."""
         return BenchmarkJob
 
-    def generate_jobs(self, args: dict | list | None = None, prev_stage_result: Any = None) -> Iterator[BenchmarkJob]:  # noqa: ANN401
+    def generate_jobs(
+        self,
+        args: dict | list | None = None,
+        prev_stage_result: Any = None,  # noqa: ANN401
+    ) -> Generator[BenchmarkJob, None, None]:
         """Make a job of every combination. Nothing is loaded before a job runs.
 
         Args:
@@ -193,6 +197,8 @@ class ResumingRunner(Runner):
         generator (BenchmarkJobGenerator): Makes the jobs.
     """
 
+    generator: BenchmarkJobGenerator
+
     def run(self, args: dict | list, prev_stage_results: Any = None) -> pd.DataFrame:  # noqa: ANN401
         """Run the jobs.
 
@@ -206,7 +212,7 @@ class ResumingRunner(Runner):
         Raises:
             RuntimeError: If jobs failed, after the others have run; names them.
         """
-        jobs = list(self.generator(args, prev_stage_results))
+        jobs = list(self.generator.generate_jobs(args, prev_stage_results))
         path = self.generator.output / "results.csv"
         done = {row["job"] for row in _read_rows(path)}
         todo = [(job, name) for job, name in zip(jobs, names(jobs), strict=True) if job.key not in done]
@@ -376,7 +382,7 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
     if "job" not in rows:
         msg = f"'{path}' was not written by anomalib_spg.benchmark (it has no column 'job'). Choose another --output."
         raise ValueError(msg)
-    return rows.to_dict("records")
+    return [{str(name): value for name, value in row.items()} for row in rows.to_dict("records")]
 
 
 def _append_row(path: Path, row: dict[str, Any]) -> None:

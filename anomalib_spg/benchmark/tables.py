@@ -109,7 +109,7 @@ def identify(frame: pd.DataFrame) -> pd.DataFrame:
         "method": frame["model.class_path"].str.split(".").str[-1] + (" from " + auxiliary).where(auxiliary != "", ""),
         "seed": frame[[name for name in _SEEDS if name in frame]].agg("/".join, axis=1).str.rstrip("/"),
     })
-    settings = [name for name in frame if name == "accelerator" or name.startswith(("model.", "data."))]
+    settings = [name for name in map(str, frame) if name == "accelerator" or name.startswith(("model.", "data."))]
     settings = [name for name in settings if name.split(".")[-1] not in _NO_METHOD]
     for _, rows in result.groupby(["dataset", "method"]):
         group = frame.loc[rows.index, settings]

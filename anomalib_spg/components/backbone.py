@@ -92,6 +92,8 @@ class Backbone(nn.Module):
         ((4, 6), [torch.Size([2, 24, 192]), torch.Size([2, 24, 192])])
     """
 
+    vit: Any  # timm's ViTs share no class
+
     def __init__(
         self,
         name: str = DEFAULT_BACKBONE,
@@ -123,8 +125,8 @@ class Backbone(nn.Module):
         self.vit.eval()
 
         self.embed_dim: int = self.vit.num_classes if self.project and norm else self.vit.num_features
-        grid = self.vit.patch_embed.img_size
-        self.image_size: tuple[int, int] = tuple(image_size) if image_size is not None else tuple(grid)
+        size = self.vit.patch_embed.img_size if image_size is None else image_size
+        self.image_size: tuple[int, int] = (size[0], size[1])
         self.mean: tuple[float, ...] = tuple(config["mean"])
         self.std: tuple[float, ...] = tuple(config["std"])
         depth = len(self.vit.blocks)
@@ -322,7 +324,7 @@ def num_blocks(name: str) -> int:
     return len(_meta_vit(name).blocks)
 
 
-def _meta_vit(name: str) -> nn.Module:
+def _meta_vit(name: str) -> Any:  # noqa: ANN401  # timm's ViTs share no class
     """A timm ViT without memory for its weights; refuses what is no plain ViT."""
     pretrained_config(name)
     with torch.device("meta"):
@@ -333,12 +335,12 @@ def _meta_vit(name: str) -> nn.Module:
     return model
 
 
-def _fetch_weights(module: Backbone, *_: Any) -> None:  # noqa: ANN401
+def _fetch_weights(module: Backbone, *_: Any) -> None:
     """Saving needs the weights. A function of the module, not a lambda: hooks are pickled along."""
     module.load_weights()
 
 
-def _mark_loaded(module: Backbone, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:  # noqa: ANN401
+def _mark_loaded(module: Backbone, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Weights that come with a checkpoint make fetching them needless."""
     if any(key.startswith(f"{prefix}vit.") for key in state_dict):
         module.has_weights = True

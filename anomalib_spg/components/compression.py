@@ -9,10 +9,13 @@ from unittest.mock import patch
 from .backbone import Backbone
 
 if TYPE_CHECKING:
+    from anomalib.models.components import AnomalibModule as _Base
     from openvino import Model
+else:
+    _Base = object
 
 
-class CompressBackboneOnly:
+class CompressBackboneOnly(_Base):
     """Mixin of an anomalib model whose ``model.backbone`` is a :class:`Backbone`; goes before ``AnomalibModule``.
 
     anomalib calls NNCF without a word about the model: every operation is rounded to 256 levels as if it belonged to a
@@ -22,7 +25,9 @@ class CompressBackboneOnly:
     ``INT8_ACQ``.
     """
 
-    def _compress_ov_model(self, model: "Model", *args: Any, **kwargs: Any) -> "Model":  # noqa: ANN401
+    model: Any
+
+    def _compress_ov_model(self, model: "Model", *args: Any, **kwargs: Any) -> "Model":
         import nncf
 
         scope = {"ignored_scope": nncf.IgnoredScope(names=head_operations(model, self.model.backbone), validate=False)}

@@ -51,7 +51,8 @@ class DecisionTable(Callback):
         del trainer, batch, batch_idx, dataloader_idx
         if outputs.pred_score is None or outputs.pred_label is None or not outputs.image_path:
             return
-        threshold = float(pl_module.post_processor.normalized_image_threshold)
+        post_processor: Any = pl_module.post_processor
+        threshold = float(post_processor.normalized_image_threshold)
         for index, path in enumerate(outputs.image_path):
             score = float(outputs.pred_score[index])
             mask = None if outputs.pred_mask is None else outputs.pred_mask[index].squeeze().bool().cpu().numpy()

@@ -2,13 +2,15 @@
 
 """Metrics printed by default."""
 
+from typing import Any
+
 import torch
 from anomalib.metrics import AUPRO, AUROC, AnomalibMetric, Evaluator, F1Score
 from torchmetrics import Metric
 from torchmetrics.classification import BinaryAveragePrecision
 
 
-class AveragePrecision(AnomalibMetric, BinaryAveragePrecision):
+class AveragePrecision(AnomalibMetric, BinaryAveragePrecision):  # type: ignore[misc]  # as anomalib's own metrics
     """Average precision of torchmetrics as an anomalib metric; anomalib's AUPR is the trapezoidal area instead."""
 
 
@@ -17,7 +19,7 @@ class _DecisionRate(Metric):
 
     label: int
 
-    def __init__(self, **kwargs) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.add_state("wrong", torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
@@ -43,7 +45,7 @@ class _MissRate(_DecisionRate):
     label = 1
 
 
-class FalseAlarmRate(AnomalibMetric, _FalseAlarmRate):
+class FalseAlarmRate(AnomalibMetric, _FalseAlarmRate):  # type: ignore[misc]  # anomalib's update takes a batch
     """Share of the good images that are rejected.
 
     Example:
@@ -54,7 +56,7 @@ class FalseAlarmRate(AnomalibMetric, _FalseAlarmRate):
     """
 
 
-class MissRate(AnomalibMetric, _MissRate):
+class MissRate(AnomalibMetric, _MissRate):  # type: ignore[misc]  # as above
     """Share of the bad images that are accepted.
 
     Example:

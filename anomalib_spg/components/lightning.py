@@ -5,7 +5,7 @@
 import copy
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from anomalib import LearningType
@@ -29,25 +29,20 @@ from .unreadable import NameUnreadableImages
 
 logger = logging.getLogger(__name__)
 
-if TYPE_CHECKING:
-    from anomalib.models.components import AnomalibModule as _Base
-else:
-    _Base = object
 
-
-class FrozenBackboneMixin(CompressBackboneOnly, _Base):
+class FrozenBackboneMixin(CompressBackboneOnly):
     """Mixin of an anomalib model whose ``model.backbone`` is a :class:`Backbone`; goes before ``AnomalibModule``.
 
     Attributes:
         default_backbone (str): timm name of the backbone the default pre-processor is made for.
         prior (Prior): How much the logits of good parts usually vary.
-        held_out (AnomalibDataset | PredictDataset | None): While it is fitted, good images it does not learn from.
+        held_out (AnomalibDataset | None): While it is fitted, good images it does not learn from.
     """
 
     default_backbone: ClassVar[str] = DEFAULT_BACKBONE
     prior: ClassVar[Prior] = WEAK_PRIOR
 
-    held_out: AnomalibDataset | PredictDataset | None = None
+    held_out: AnomalibDataset | None = None
     _training_set: Any = None
 
     @staticmethod
@@ -142,14 +137,15 @@ class FrozenBackboneMixin(CompressBackboneOnly, _Base):
         Args:
             training_set (AnomalibDataset | PredictDataset): What to learn from.
         """
-        datamodule = self.trainer.datamodule
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
         self._training_set = datamodule.train_data
         datamodule.train_data = training_set
 
     def restore_training_set(self) -> None:
         """Give the datamodule its training set back."""
         if self._training_set is not None:
-            self.trainer.datamodule.train_data = self._training_set
+            datamodule: Any = getattr(self.trainer, "datamodule", None)
+            datamodule.train_data = self._training_set
             self._training_set = None
 
     def on_train_start(self) -> None:
@@ -170,7 +166,7 @@ class FrozenBackboneMixin(CompressBackboneOnly, _Base):
         if not isinstance(post_processor, GoodPartsPostProcessor):
             return
         if dataset is not None and len(dataset):
-            datamodule = self.trainer.datamodule
+            datamodule: Any = getattr(self.trainer, "datamodule", None)
             dataset = copy.copy(dataset)
             dataset.augmentations = getattr(datamodule, "val_augmentations", None)
             transform = None if self.pre_processor is None else self.pre_processor.transform
@@ -189,7 +185,7 @@ class FrozenBackboneMixin(CompressBackboneOnly, _Base):
         if not self.trainer.enable_validation:
             logger.info(post_processor.report())
 
-    def validation_step(self, batch: Batch, *args, **kwargs) -> STEP_OUTPUT:
+    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Find anomalies in a validation batch.
 
         Args:

@@ -71,7 +71,7 @@ class GoodPartsPostProcessor(PostProcessor):
         false_alarm_rate: float | None = None,
         pixel_false_alarm_rate: float | None = None,
         prior: Prior = WEAK_PRIOR,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         for name, rate in (
@@ -133,9 +133,9 @@ class GoodPartsPostProcessor(PostProcessor):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Batch,
-        *args,
-        **kwargs,
+        outputs: Any,  # noqa: ANN401  # Lightning's type has no batches of anomalib
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Take note of good and bad images."""
         del pl_module, args, kwargs

@@ -137,12 +137,12 @@ def best_with_bad(good: Sequence[float], bad: Sequence[float], preferred: float,
         >>> best_with_bad(good=[0.0, 1.0], bad=[3.0, 4.0], preferred=1.2, lowest=0.5)
         1.2
     """
-    good, bad = np.asarray(good, dtype=float), np.asarray(bad, dtype=float)
-    values = np.unique(np.concatenate([good, bad]))
+    good_logits, bad_logits = np.asarray(good, dtype=float), np.asarray(bad, dtype=float)
+    values = np.unique(np.concatenate([good_logits, bad_logits]))
     edges = np.concatenate([[lowest], values[values > lowest]])
     # At an edge everything above it is rejected: the same decisions up to the next one.
-    hits = (bad[None] > edges[:, None]).sum(axis=1)
-    alarms = (good[None] > edges[:, None]).sum(axis=1)
+    hits = (bad_logits[None] > edges[:, None]).sum(axis=1)
+    alarms = (good_logits[None] > edges[:, None]).sum(axis=1)
     f1 = 2 * hits / np.maximum(hits + alarms + len(bad), 1)
     candidates = []
     for index in np.flatnonzero(f1 >= f1.max() - 1e-12):

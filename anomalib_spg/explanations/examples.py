@@ -90,7 +90,7 @@ class Examples:
             names (Sequence[str] | None): Names of the images; what follows the last ``#`` tells views of one apart.
         """
         start = self._seen if start is None else start
-        self.grid = tuple(-(-size // self.patch_size) for size in images.shape[-2:])
+        self.grid = (-(-images.shape[-2] // self.patch_size), -(-images.shape[-1] // self.patch_size))
         for number, image in enumerate(images, start):
             self._seen += 1
             if len(self.images) >= self.limit:  # reservoir sampling

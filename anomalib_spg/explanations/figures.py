@@ -121,9 +121,9 @@ def plot_explanation(
     has_right = nearest is not None or any(cuts)
     figure = Figure(figsize=(12 if has_right else 6.5, 0.6 + 1.35 * max(parts, 1) + 0.5), layout="constrained")
     figure.suptitle(title or decision(explanation.score, threshold), fontweight="bold")
-    left, middle, right = figure.add_gridspec(1, 3, width_ratios=(3, 2.7, 5 if has_right else 0.01))
-    left = left.subgridspec(2, 1)
-    grid = tuple(explanation.maps.shape[1:])
+    columns = figure.add_gridspec(1, 3, width_ratios=(3, 2.7, 5 if has_right else 0.01))
+    left, right = columns[0].subgridspec(2, 1), columns[2]
+    grid = (explanation.maps.shape[1], explanation.maps.shape[2])
     box = patch_box(explanation.peak, grid, patch_size, CUT)
     for row, (shown, name) in enumerate((
         (picture, "image, and the patch that decides"),
@@ -132,7 +132,7 @@ def plot_explanation(
         axes = show(figure.add_subplot(left[row]), shown, name)
         axes.add_patch(Rectangle((box[1], box[0]), box[2], box[2], fill=False, color="white", linewidth=2))
         axes.add_patch(Rectangle((box[1], box[0]), box[2], box[2], fill=False, color=FOR, linewidth=1))
-    rows = middle.subgridspec(max(parts, 1), 2, width_ratios=(1, 1.6))
+    rows = columns[1].subgridspec(max(parts, 1), 2, width_ratios=(1, 1.6))
     strips = right.subgridspec(max(parts, 1), 1)
     shares = explanation.shares
     maximum = float(explanation.maps[top].max()) if top else 1.0

@@ -9,13 +9,13 @@ import math
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from anomalib.data import ImageBatch
-from anomalib.models import AnomalibModule
+from anomalib.post_processing import PostProcessor
 from anomalib.visualization import ImageVisualizer
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from PIL import Image, ImageOps
 
 from anomalib_spg.components.backbone import Tokens
@@ -24,6 +24,13 @@ from .examples import Examples, to_picture
 from .explanation import ExplainableModel, Explanation
 from .figures import decision, heatmap, plot_explanation
 from .report import RECORDS, write_report
+
+if TYPE_CHECKING:
+    from anomalib_spg.components.lightning import FrozenBackboneMixin
+
+    class _Model(FrozenBackboneMixin, ExplainableModel):  # type: ignore[misc]  # as AnomalibModule itself
+        """What :meth:`ExplanationVisualizer.setup` lets through."""
+
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +74,7 @@ class ExplanationVisualizer(ImageVisualizer):
         explain: Literal["rejected", "all"] = "rejected",
         parts: int = 5,
         examples: str | Path | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if explain not in {"rejected", "all"}:
@@ -89,7 +96,7 @@ class ExplanationVisualizer(ImageVisualizer):
         """Leave the training images and what belongs to one run out of an exported model."""
         return {**self.__dict__, "_examples": None, "_hook": None, "_tokens": None, "_records": []}
 
-    def setup(self, trainer: Trainer, pl_module: AnomalibModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work before it takes time.
 
         Raises:
@@ -107,15 +114,17 @@ class ExplanationVisualizer(ImageVisualizer):
             self._examples = Examples.load(self.examples_path)
 
     @staticmethod
-    def on_fit_start(trainer: Trainer, pl_module: AnomalibModule) -> None:
+    def on_fit_start(trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep training images from now on."""
         del trainer
-        if getattr(pl_module, "guides_file", None) is None:  # else nothing is learned
-            pl_module.examples = Examples(patch_size=pl_module.model.backbone.patch_size)
+        model = cast("_Model", pl_module)
+        if getattr(model, "guides_file", None) is None:  # else nothing is learned
+            model.examples = Examples(patch_size=model.model.backbone.patch_size)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the kept images beside the guides, and take them from the model, which may be exported."""
-        examples, pl_module.examples = pl_module.examples, None
+        model = cast("_Model", pl_module)
+        examples, model.examples = model.examples, None
         if examples is None or not examples.images:
             return
         if trainer.is_global_zero:
@@ -123,7 +132,7 @@ class ExplanationVisualizer(ImageVisualizer):
         if self.examples_path is None:
             self._examples = examples
 
-    def on_test_start(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to the backbone, find the examples, and make room for the pictures."""
         name = "explanations" if trainer.testing else "explanations_of_predictions"
         # anomalib gives each process a results folder; all write to the first one's
@@ -136,8 +145,9 @@ class ExplanationVisualizer(ImageVisualizer):
         for kind in kinds:
             (self._folder / kind).mkdir(parents=True, exist_ok=True)
         self._records = []
-        self._hook = pl_module.model.backbone.register_forward_hook(self._keep_tokens)
-        self._find_examples(trainer, pl_module)
+        model = cast("_Model", pl_module)
+        self._hook = model.model.backbone.register_forward_hook(self._keep_tokens)
+        self._find_examples(trainer, model)
         if self._examples is None:
             logger.warning(
                 "Explanations lack example patches: there is no examples.safetensors beside the checkpoint or the "
@@ -150,7 +160,7 @@ class ExplanationVisualizer(ImageVisualizer):
         del backbone, images
         self._tokens = tokens
 
-    def _find_examples(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
+    def _find_examples(self, trainer: Trainer, model: "_Model") -> None:
         """Take the examples that belong to the checkpoint or the guides; else those of the training just done."""
         if self.examples_path is not None:
             return
@@ -158,8 +168,9 @@ class ExplanationVisualizer(ImageVisualizer):
         if trainer.ckpt_path:  # weights/lightning/model.ckpt, or moved together
             folders += list(Path(trainer.ckpt_path).absolute().parents)[:2]
             self._examples = None
-        if getattr(pl_module, "guides_file", None) is not None:
-            folders.append(Path(pl_module.guides_file).absolute().parent)
+        guides_file = getattr(model, "guides_file", None)
+        if guides_file is not None:
+            folders.append(Path(guides_file).absolute().parent)
         for path in (folder / EXAMPLES for folder in folders):
             if path.is_file():
                 try:
@@ -172,42 +183,44 @@ class ExplanationVisualizer(ImageVisualizer):
     def on_test_batch_end(
         self,
         trainer: Trainer,
-        pl_module: AnomalibModule,
-        outputs: ImageBatch,
+        pl_module: LightningModule,
+        outputs: Any,  # noqa: ANN401  # Lightning's type has no batches of anomalib
         batch: ImageBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
         """Write anomalib's pictures, and explain the images of the batch."""
-        super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
-        has_threshold = _threshold(pl_module) is not None and batch.pred_label is not None
-        rejected = batch.pred_label.flatten().bool().tolist() if has_threshold else [None] * len(batch.image)
-        for index in range(len(batch.image)):
+        model = cast("_Model", pl_module)
+        super().on_test_batch_end(trainer, model, outputs, batch, batch_idx, dataloader_idx)
+        images, tokens = cast("torch.Tensor", batch.image), cast("Tokens", self._tokens)
+        labels = batch.pred_label if _threshold(model) is not None else None
+        rejected = [None] * len(images) if labels is None else labels.flatten().bool().tolist()
+        for index in range(len(images)):
             if self.explain == "rejected" and rejected[index] is False:
                 continue
-            tokens = Tokens(
-                [patches[index : index + 1] for patches in self._tokens.patches],
-                [pooled[index : index + 1] for pooled in self._tokens.pooled],
-                self._tokens.grid,
+            own = Tokens(
+                [patches[index : index + 1] for patches in tokens.patches],
+                [pooled[index : index + 1] for pooled in tokens.pooled],
+                tokens.grid,
             )
-            explanation = pl_module.explain(batch.image[index : index + 1], tokens)[0]
-            self._write(trainer, pl_module, batch, index, explanation, rejected[index])
+            explanation = model.explain(images[index : index + 1], own)[0]
+            self._write(trainer, model, batch, index, explanation, rejected[index])
 
     def _write(
         self,
         trainer: Trainer,
-        pl_module: AnomalibModule,
+        model: "_Model",
         batch: ImageBatch,
         index: int,
         explanation: Explanation,
         rejected: bool | None,
     ) -> None:
         """Write the picture of one image, and remember its record."""
-        backbone = pl_module.model.backbone
-        source = Path(batch.image_path[index])
-        threshold = _shown_threshold(pl_module)
-        picture = to_picture(batch.image[index], backbone.mean, backbone.std)
-        shown_map = batch.anomaly_map[index].detach().float().squeeze().cpu()
+        backbone = model.model.backbone
+        source = Path(cast("list[str]", batch.image_path)[index])
+        threshold = _shown_threshold(model)
+        picture = to_picture(cast("torch.Tensor", batch.image)[index], backbone.mean, backbone.std)
+        shown_map = cast("torch.Tensor", batch.anomaly_map)[index].detach().float().squeeze().cpu()
         figure = plot_explanation(
             explanation,
             picture,
@@ -250,7 +263,7 @@ class ExplanationVisualizer(ImageVisualizer):
             "other": explanation.other,
         })
 
-    def on_test_end(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the pictures of the model, the records and the page."""
         self._release()
         of_processes = [self._records]
@@ -262,15 +275,16 @@ class ExplanationVisualizer(ImageVisualizer):
         # Where processes share the images unevenly, some are seen twice.
         records = {record["path"]: record for records in of_processes for record in records}
         figures = {}
-        for name, (title, figure) in pl_module.figures(self._examples).items():
+        model = cast("_Model", pl_module)
+        for name, (title, figure) in model.figures(self._examples).items():
             figure.savefig(self._folder / f"{name}.jpg", dpi=DPI, pil_kwargs={"quality": 85})
             figures[title] = f"{name}.jpg"
         run = {
-            "model": type(pl_module).__name__,
+            "model": type(model).__name__,
             "category": _category(trainer) or self._folder.parent.parent.name,
             "figures": figures,
-            "learned": _digest(pl_module.model),
-            "neurons": pl_module.chosen_neurons(),
+            "learned": _digest(model.model),
+            "neurons": model.chosen_neurons(),
             "images": list(records.values()),
         }
         (self._folder / RECORDS).write_text(json.dumps(run, indent=1), encoding="utf-8")
@@ -278,7 +292,7 @@ class ExplanationVisualizer(ImageVisualizer):
 
     on_predict_end = on_test_end
 
-    def on_exception(self, trainer: Trainer, pl_module: AnomalibModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop listening to the backbone."""
         del trainer, pl_module, exception
         self._release()
@@ -296,20 +310,20 @@ def _category(trainer: Trainer) -> str | None:
     return None if category is None else _printable(str(category))
 
 
-def _threshold(pl_module: AnomalibModule) -> float | None:
+def _threshold(model: "_Model") -> float | None:
     """Raw threshold, if there is one."""
-    if pl_module.post_processor is None:
+    if not isinstance(model.post_processor, PostProcessor):
         return None
-    threshold = float(pl_module.post_processor.image_threshold)
+    threshold = float(model.post_processor.image_threshold)
     return None if math.isnan(threshold) else threshold
 
 
-def _shown_threshold(pl_module: AnomalibModule) -> float | None:
+def _shown_threshold(model: "_Model") -> float | None:
     """The raw threshold where it is what decides: not with a changed sensitivity, nor without normalisation."""
-    threshold, post_processor = _threshold(pl_module), pl_module.post_processor
-    if threshold is None or not post_processor.enable_normalization:
+    post_processor = model.post_processor
+    if not isinstance(post_processor, PostProcessor) or not post_processor.enable_normalization:
         return None
-    return threshold if math.isclose(float(post_processor.image_sensitivity), 0.5) else None
+    return _threshold(model) if math.isclose(float(post_processor.image_sensitivity), 0.5) else None
 
 
 def _printable(name: str) -> str:
