@@ -180,8 +180,8 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignor
             seed_everything(self.seed, workers=True)
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if stage == "fit":
-            self._is_fitted = torch.tensor([False], device=self.device)
-            self.model.forget()
+            self.begin_fit()
+            self.model.forget()  # what a fit that failed has left
         if stage == "fit" and datamodule is None:
             logger.warning(
                 "Without a datamodule LAKE uses every training image; k_shot and few_shot_source do nothing."

@@ -215,7 +215,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
             msg = f"The training set of {datamodule.name} is empty. Check the datamodule's root, category and folders."
             raise ValueError(msg)
         if stage == "fit":
-            self._is_fitted = torch.tensor([self.guides_file is not None], device=self.device)
+            self.begin_fit()
             self.model.store.clear()  # what a fit that failed has left in memory
         if stage == "fit" and datamodule is not None:
             self._hold_out(datamodule)

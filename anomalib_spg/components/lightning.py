@@ -131,6 +131,11 @@ class FrozenBackboneMixin(CompressBackboneOnly):
         """Return no optimiser: what is learned is learned from stored tokens, after the pass over the images."""
         return
 
+    def begin_fit(self) -> None:
+        """Make every fit learn: the object may have been fitted before, or left in evaluation mode by an error."""
+        self._is_fitted = torch.tensor([False], device=self.device)
+        self.train()
+
     def swap_training_set(self, training_set: AnomalibDataset | PredictDataset) -> None:
         """Let the datamodule's training set be another one until the dataloader is made; see :meth:`on_train_start`.
 

@@ -33,8 +33,8 @@ def trained(mvtec: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[LAKE
     return model, run, run.train(model=model, datamodule=data(mvtec))
 
 
-def test_only_the_drawn_images_are_decoded(mvtec: Path, tmp_path: Path) -> None:
-    """Two of four; the backbone sees two; the datamodule has its training set back afterwards."""
+def test_only_the_drawn_images_are_compared_with(mvtec: Path, tmp_path: Path) -> None:
+    """Two of four; the others set the threshold, each decoded once; the datamodule has its training set back."""
     model, datamodule = build(), data(mvtec)
     passed, decoded = [], []
     model.model.backbone.register_forward_pre_hook(lambda _, inputs: passed.append(len(inputs[0])))
@@ -47,10 +47,58 @@ def test_only_the_drawn_images_are_decoded(mvtec: Path, tmp_path: Path) -> None:
     with patch.object(base_dataset, "read_image", spy):
         engine(tmp_path, limit_val_batches=1).fit(model=model, datamodule=datamodule)
     assert passed[0] == 2
-    assert sorted(path for path in decoded if "/train/" in path) == sorted(model.normal_images)
+    train = [path for path in decoded if "/train/" in path]
+    assert sorted(train[:2]) == sorted(model.normal_images)
+    assert len(set(train)) == len(train) == 4
     assert len(model.normal_images) == 2
     assert len(datamodule.train_data) == 4
     assert model.model.banks[0][0].tokens.shape == (2 * 16, 20)
+
+
+def test_a_second_fit_learns_the_new_data(mvtec: Path, tmp_path: Path) -> None:
+    """The same object on other images equals a fresh one; so it does after a fit that failed half-way."""
+
+    def fit(model: LAKE, category: str) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(0)
+        engine(tmp_path).fit(model=model, datamodule=data(mvtec, category=category))
+        return model.model.banks[0][0].tokens, model.post_processor.image_threshold
+
+    fresh = build()
+    used = build()
+    used.model.load_state_dict(fresh.model.state_dict())
+    expected = fit(fresh, "grass")
+    fit(used, "brick")
+    datamodule = data(mvtec, category="grass")
+    with patch.object(LAKE, "fit", side_effect=OSError("no")), pytest.raises(OSError, match="no"):
+        engine(tmp_path).fit(model=used, datamodule=datamodule)
+    assert len(datamodule.train_data) == 4
+    for one, other in zip(fit(used, "grass"), expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_failing_fit_gives_the_training_set_back(mvtec: Path, tmp_path: Path) -> None:
+    """Before the first batch, where the drawn images stand in its place."""
+    model, datamodule = build(), data(mvtec)
+    with patch.object(LAKE, "on_fit_start", side_effect=OSError("no")), pytest.raises(OSError, match="no"):
+        engine(tmp_path).fit(model=model, datamodule=datamodule)
+    assert len(datamodule.train_data) == 4
+
+
+@pytest.mark.parametrize("k_shot", [1, 2, 4])
+def test_each_normal_image_held_against_the_others(k_shot: int, mvtec: Path, tmp_path: Path) -> None:
+    """Without other good images the threshold comes from the normal ones alone, and they are accepted by it."""
+    for path in sorted((mvtec / "brick/train/good").iterdir())[:k_shot]:
+        (tmp_path / "good").mkdir(exist_ok=True)
+        shutil.copyfile(path, tmp_path / "good" / path.name)
+    source = Folder("good", tmp_path / "good", num_workers=0, test_split_mode="none", val_split_mode="none")
+    model = build(k_shot=None)
+    engine(tmp_path, limit_val_batches=0).fit(model=model, datamodule=source)
+    threshold = model.post_processor.threshold
+    assert (threshold.images, threshold.is_conformal) == (k_shot, False)
+    assert 0 < model.post_processor.image_threshold < 1
+    assert 0 < model.post_processor.pixel_threshold < 1
+    for prediction in engine(tmp_path / "out").predict(model, data_path=tmp_path / "good"):
+        assert not prediction.pred_label
 
 
 @pytest.mark.slow

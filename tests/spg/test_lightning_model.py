@@ -2,6 +2,7 @@
 
 """SPG in anomalib's engine, through the API, on small images and a tiny backbone with random weights."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,7 +14,7 @@ from anomalib.engine import Engine
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
-from anomalib_spg import SPG, AuxiliaryTarget
+from anomalib_spg import SPG, AuxiliaryTarget, SPGModel
 from anomalib_spg.guides import read_guides
 from tests.helpers import TINY, data, engine, make_mvtec, raw_metrics
 
@@ -71,7 +72,8 @@ def test_training_on_normal_images(trained: tuple) -> None:
     logged = Path(run.trainer.logger.log_dir) / "metrics.csv"
     run.trainer.logger.save()
     assert {"block3/sae_loss", "block3/segmentation_loss"} <= set(logged.read_text().splitlines()[0].split(","))
-    expected = {"image_AUROC", "image_AveragePrecision", "image_F1Score", "pixel_AUROC", "pixel_AUPRO", "pixel_F1Score"}
+    expected = {"image_AUROC", "image_AveragePrecision", "image_F1Score", "image_FalseAlarmRate", "image_MissRate"}
+    expected |= {"pixel_AUROC", "pixel_AUPRO", "pixel_F1Score"}
     assert set(metrics[0]) == expected
 
 
@@ -143,6 +145,53 @@ def test_same_seed_same_result(mvtec: Path, tmp_path: Path) -> None:
     assert torch.equal(learn_with_own(3, 1), learn_with_own(3, 2))
     assert torch.equal(learn(3), learn(3))
     assert not torch.equal(learn(3), learn(4))
+
+
+def test_a_quarter_of_the_good_images_is_held_out(tmp_path: Path) -> None:
+    """They set the threshold and are not learned from; few are all learned from; a guides file needs none of them."""
+    root = make_mvtec(tmp_path / "data", ("brick",), count=12)
+
+    def fit(count: int, **arguments: Any) -> SPG:
+        folder = tmp_path / f"good{count}"
+        folder.mkdir(exist_ok=True)
+        for path in sorted((root / "brick/train/good").iterdir())[:count]:
+            shutil.copyfile(path, folder / path.name)
+        source = Folder("good", folder, num_workers=0, test_split_mode="none", val_split_mode="none")
+        model = build(**arguments)
+        run = engine(tmp_path, limit_val_batches=0)
+        run.fit(model=model, datamodule=source)
+        assert len(source.train_data) == count
+        model.guides_path = Path(run.trainer.default_root_dir) / "weights" / "guides.safetensors"
+        return model
+
+    with patch.object(SPGModel, "_store", autospec=True, side_effect=SPGModel._store) as store:
+        many = fit(12)
+        assert sum(len(call.args[1]) for call in store.call_args_list) == 9 * 2
+    assert many.post_processor.threshold.images == 3
+    assert many.post_processor._scores["learned"] == []
+    few = fit(6)
+    assert few.post_processor.threshold.images == 6
+    assert len(few.post_processor._scores["learned"]) == 6
+    zero_shot = fit(12, backbone=None, layers=None, image_size=None, guides_file=many.guides_path)
+    assert zero_shot.post_processor.threshold.images == 12
+
+
+def test_a_second_fit_learns_the_new_data(mvtec: Path, tmp_path: Path) -> None:
+    """The same object on other images equals a fresh one; tokens of a fit that failed are forgotten."""
+
+    def fit(model: SPG, category: str) -> torch.Tensor:
+        engine(tmp_path).fit(model=model, datamodule=data(mvtec, category=category))
+        return model.model.guides[0].vectors
+
+    fresh, used = build(seed=0), build(seed=0)
+    used.model.load_state_dict(fresh.model.state_dict())
+    expected = fit(fresh, "grass")
+    assert not torch.equal(fit(used, "brick"), expected)
+    with patch.object(SPGModel, "fit", side_effect=OSError("no")), pytest.raises(OSError, match="no"):
+        fit(used, "brick")
+    assert len(used.model.store)
+    assert torch.equal(fit(used, "grass"), expected)
+    assert not len(used.model.store)
 
 
 def test_labelled_auxiliary_data(mvtec: Path, visa: Path, tmp_path: Path) -> None:

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""From a folder of good parts to accepted and rejected ones, by the real command, as the folder configs say."""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from anomalib.deploy import OpenVINOInferencer
+from PIL import Image
+
+from tests.helpers import REPOSITORY
+
+pytestmark = [pytest.mark.command, pytest.mark.slow]
+
+# Less than the config's settings where SPG learns, so that it takes a minute.
+QUICK = {
+    "lake": [],
+    "spg": ["--model.image_size", "280", "--model.views", "3", "--model.num_atoms", "256", "--model.sae_epochs", "4"],
+}
+
+
+class Factory:
+    """A folder as a user has it: good parts, new parts, a folder config and a file of weights."""
+
+    def __init__(self, name: str, folder: Path, quickstart: Path, command: Callable[..., str]) -> None:
+        self.name = name
+        self.folder = folder
+        self.command = command
+        textile = quickstart / "textile"
+        good = sorted((textile / "train/good").iterdir())[:24]
+        new = sorted((textile / "test/good").iterdir())[:12] + sorted((textile / "test/defect").iterdir())[:12]
+        for target, paths in (("datasets/my_part/good", good), ("new", new)):
+            (folder / target).mkdir(parents=True)
+            for path in paths:
+                kind = f"{path.parent.name}_" if target == "new" else ""
+                shutil.copyfile(path, folder / target / f"{kind}{path.name}")
+        shutil.copyfile(REPOSITORY / "configs" / f"{name}_folder.yaml", folder / "config.yaml")
+        weights = ["--model.weights", quickstart / "dinov2_vits14.safetensors", "--data.num_workers", "0"]
+        self.trained = self.run("train", *weights, *QUICK[name])
+        self.checkpoint = next(folder.glob(f"results/{name.upper()}/my_part/latest/weights/lightning/model.ckpt"))
+
+    def run(self, *arguments: Any) -> str:
+        """Run ``anomalib`` with the config, and return what it printed in one line."""
+        command, *options = arguments
+        return " ".join(self.command(command, "--config", "config.yaml", *options, folder=self.folder).split())
+
+    def predict(self, *options: Any) -> tuple[pd.DataFrame, str]:
+        """The table of decisions on the new parts, and what was printed."""
+        size = ["--model.image_size", "280"] if self.name == "spg" else []
+        output = self.run("predict", "--data", "new", "--ckpt_path", self.checkpoint, *size, *options)
+        tables = sorted(self.folder.rglob("predictions*.csv"), key=lambda path: path.stat().st_mtime)
+        table = pd.read_csv(tables[-1])
+        table["defective"] = table.image.str.contains("defect_")
+        table["rejected"] = table.decision == "rejected"
+        return table, output
+
+
+@pytest.fixture(scope="module", params=["lake", "spg"])
+def factory(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    quickstart: Path,
+    anomalib_command: Callable[..., str],
+) -> Factory:
+    """Each model, trained on good parts alone."""
+    return Factory(request.param, tmp_path_factory.mktemp(request.param), quickstart, anomalib_command)
+
+
+def test_training_says_what_is_known(factory: Factory) -> None:
+    """Number of good parts, threshold, the rate to expect with its interval; no figure that looks like a test."""
+    found = re.search(
+        r"Threshold [\d.]+ from (\d+) good images: about 5.0% of good parts will be rejected", factory.trained
+    )
+    assert found
+    assert int(found[1]) == {"lake": 24, "spg": 6}[factory.name]
+    assert "with 90 % probability" in factory.trained
+    assert "there were no bad images" in factory.trained
+    assert "image_AUROC" not in factory.trained
+
+
+def test_decisions_on_unseen_parts(factory: Factory) -> None:
+    """Defects are rejected and good parts accepted; the table says where, and the log how many and where it is."""
+    table, output = factory.predict()
+    assert len(table) == 24
+    assert table[table.defective].rejected.mean() >= {"lake": 0.9, "spg": 0.5}[factory.name]
+    assert table[~table.defective].rejected.mean() <= 0.2
+    assert ((table.score > table.threshold) == table.rejected).all()
+    assert (table[~table.rejected].outlined == 0).all(), "an accepted part has no outline"
+    assert table[table.rejected].outlined.between(0, 0.2).all()
+    assert f"{table.rejected.sum()} of 24 images rejected" in output
+    assert "predictions.csv" in output
+    box = next(row.boxes for row in table[table.rejected].itertuples() if isinstance(row.boxes, str))
+    left, top, right, bottom = map(int, box.split(";")[0].split())
+    assert 0 <= left < right <= 250
+    assert 0 <= top < bottom <= 250
+    again, _ = factory.predict()
+    assert again.score.equals(table.score)
+    assert len(list(factory.folder.rglob("predictions*.csv"))) == 2, "the first table is kept"
+
+
+def test_another_rate_needs_no_training(factory: Factory) -> None:
+    """A rate named at prediction moves the threshold of the checkpoint: shown scores rise with it."""
+    strict, lax = (factory.predict("--model.false_alarm_rate", rate)[0] for rate in ("0.001", "0.4"))
+    assert (lax.score > strict.score).all()
+    assert lax.rejected.sum() >= strict.rejected.sum()
+
+
+def test_exported_model_decides_alike(factory: Factory) -> None:
+    """OpenVINO at f32 accepts and rejects what `anomalib predict` does, with the same shown scores and outlines."""
+    table, _ = factory.predict()
+    size = ["--model.image_size", "280"] if factory.name == "spg" else []
+    options = ["--ckpt_path", factory.checkpoint, "--export_type", "openvino", "--export_root", factory.folder / "out"]
+    factory.run("export", *size, *options)
+    inferencer = OpenVINOInferencer(
+        next((factory.folder / "out").rglob("*.xml")), config={"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    for row in table.itertuples():
+        result = inferencer.predict(row.image)
+        assert bool(result.pred_label.squeeze()) == row.rejected
+        assert float(result.pred_score.squeeze()) == pytest.approx(row.score, abs=1e-3)
+        assert result.pred_mask.mean() == pytest.approx(row.outlined, abs=1e-3)
+
+
+def test_bad_images_take_part(factory: Factory, quickstart: Path, tmp_path: Path) -> None:
+    """With a folder of bad parts, and without the lines for good parts only, the decision is tested as well."""
+    if factory.name == "spg":
+        pytest.skip("the same code; LAKE is quicker")
+    shutil.copytree(factory.folder / "datasets", tmp_path / "datasets")
+    bad = tmp_path / "datasets/my_part/bad"
+    bad.mkdir()
+    for path in sorted((quickstart / "textile/test/defect").iterdir())[20:30]:
+        shutil.copyfile(path, bad / path.name)
+    lines = (REPOSITORY / "configs/lake_folder.yaml").read_text().splitlines()
+    kept = [line.replace("# abnormal_dir", "abnormal_dir") for line in lines if "good parts only" not in line[40:]]
+    kept = [line for line in kept if "# good parts only" not in line and line != "trainer:"]
+    (tmp_path / "config.yaml").write_text("\n".join(kept))
+    output = factory.command(
+        *("train", "--config", "config.yaml", "--data.num_workers", "0"),
+        *("--model.weights", quickstart / "dinov2_vits14.safetensors"),
+        folder=tmp_path,
+    )
+    assert "image_MissRate" in output
+    assert "image_FalseAlarmRate" in output
+    assert re.search(r"finds \d of the 5 bad images", " ".join(output.split()))
+
+
+def test_a_broken_model_accepts_nothing(factory: Factory, tmp_path: Path) -> None:
+    """Scores that are no numbers are rejected, named, and empty in the table."""
+    import torch
+
+    checkpoint = torch.load(factory.checkpoint, weights_only=True)
+    key = {"lake": "model.banks.0.0.tokens", "spg": "model.guides.0.vectors"}[factory.name]
+    checkpoint["state_dict"][key].fill_(float("nan"))
+    torch.save(checkpoint, tmp_path / "broken.ckpt")
+    (tmp_path / "new").mkdir()
+    Image.new("RGB", (60, 60), "grey").save(tmp_path / "new/part.png")
+    kept, factory.checkpoint = factory.checkpoint, tmp_path / "broken.ckpt"
+    try:
+        table, output = factory.predict()
+    finally:
+        factory.checkpoint = kept
+    assert table.rejected.all()
+    assert table.score.isna().all()
+    assert "score is not a finite number" in output
