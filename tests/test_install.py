@@ -43,7 +43,7 @@ def test_wheel(environment: Path, tmp_path: Path) -> None:
     installed = Path(output.strip().splitlines()[-1])
     assert (tmp_path / "venv") in installed.parents
     assert (installed.parent / "py.typed").exists()
-    assert (installed.parent / "report.html").exists()
+    assert (installed.parent / "explanations" / "report.html").exists()
     assert (installed.parents[1] / "anomalib_lake" / "py.typed").exists()
     listing = run_command([sys.executable, "-m", "zipfile", "-l", wheel], tmp_path)
     tops = {line.split("/")[0] for line in listing.splitlines()[1:] if "/" in line}
