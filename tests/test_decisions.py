@@ -8,8 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime
 import pandas as pd
 import pytest
+import torch
+from anomalib.data.utils import read_image
 from anomalib.deploy import OpenVINOInferencer
 from PIL import Image
 
@@ -17,6 +21,7 @@ from tests.helpers import REPOSITORY
 
 pytestmark = [pytest.mark.command, pytest.mark.slow]
 
+EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 # Less than the config's settings where SPG learns, so that it takes a minute.
 QUICK = {
     "lake": [],
@@ -124,6 +129,41 @@ def test_exported_model_decides_alike(factory: Factory) -> None:
         assert bool(result.pred_label.squeeze()) == row.rejected
         assert float(result.pred_score.squeeze()) == pytest.approx(row.score, abs=1e-3)
         assert result.pred_mask.mean() == pytest.approx(row.outlined, abs=1e-3)
+
+
+def test_exported_model_sees_camera_images_alike(factory: Factory) -> None:
+    """Images far larger than the model's input, square or not: resized with antialiasing in every format."""
+    folder = factory.folder / "camera"
+    folder.mkdir()
+    source = sorted((factory.folder / "new").glob("*"))
+    rng = np.random.default_rng(0)
+    for path, size in zip(source, [(2048, 1536), (1000, 1000), (300, 250)], strict=False):
+        pixels = np.asarray(Image.open(path).convert("RGB").resize(size, Image.Resampling.BICUBIC), dtype=float)
+        noisy = (pixels + rng.normal(0, 25, pixels.shape)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(noisy).save(folder / f"{path.stem}.png")
+    size = ["--model.image_size", "280"] if factory.name == "spg" else []
+    factory.run("predict", "--data", "camera", "--ckpt_path", factory.checkpoint, *size)
+    tables = sorted(factory.folder.rglob("predictions*.csv"), key=lambda path: path.stat().st_mtime)
+    table = pd.read_csv(tables[-1])
+    for kind, pattern in (("openvino", "*.xml"), ("onnx", "*.onnx"), ("torch", "*.pt")):
+        out = factory.folder / "camera_out"
+        options = ["--ckpt_path", factory.checkpoint, "--export_type", kind, "--export_root", out]
+        factory.run("export", *size, *options)
+        path = next(out.rglob(pattern))
+        for row in table.itertuples():
+            pixels = read_image(row.image, as_tensor=True)[None]
+            if kind == "openvino":
+                score = (
+                    OpenVINOInferencer(path, config={"INFERENCE_PRECISION_HINT": "f32"}).predict(row.image).pred_score
+                )
+            elif kind == "onnx":
+                session = onnxruntime.InferenceSession(path)
+                names = [output.name for output in session.get_outputs()]
+                score = dict(zip(names, session.run(None, {"input": pixels.numpy()}), strict=True))["pred_score"]
+            else:
+                with torch.inference_mode():
+                    score = torch.load(path, weights_only=False)["model"].eval()(pixels).pred_score
+            assert float(np.asarray(score).squeeze()) == pytest.approx(row.score, abs=5e-4), (kind, row.image)
 
 
 def test_bad_images_take_part(factory: Factory, quickstart: Path, tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 """INT8 for the backbone only, so that compressing an exported model does not lose what it tells apart."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import partial
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 from .backbone import Backbone
 
@@ -32,14 +34,21 @@ class CompressBackboneOnly(_Base):
 
         scope = {"ignored_scope": nncf.IgnoredScope(names=head_operations(model, self.model.backbone), validate=False)}
         options = {**scope, "model_type": nncf.ModelType.TRANSFORMER}
-        # anomalib offers a model no say in these calls, so they are completed on their way.
-        with patch.multiple(
-            nncf,
-            compress_weights=partial(nncf.compress_weights, **scope),
-            quantize=partial(nncf.quantize, **options),
-            quantize_with_accuracy_control=partial(nncf.quantize_with_accuracy_control, **options),
-        ):
+        with _completed(nncf, compress_weights=scope, quantize=options, quantize_with_accuracy_control=options):
             return super()._compress_ov_model(model, *args, **kwargs)
+
+
+@contextmanager
+def _completed(module: ModuleType, **options: dict[str, Any]) -> Generator[None, None, None]:
+    """Complete the calls of a module's functions for a while: anomalib offers a model no say in those of NNCF."""
+    functions = {name: getattr(module, name) for name in options}
+    try:
+        for name, function in functions.items():
+            setattr(module, name, partial(function, **options[name]))
+        yield
+    finally:
+        for name, function in functions.items():
+            setattr(module, name, function)
 
 
 def head_operations(model: "Model", backbone: Backbone) -> list[str]:

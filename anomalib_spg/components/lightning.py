@@ -5,6 +5,7 @@
 import copy
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from .checkpoint import check_identity
 from .compression import CompressBackboneOnly
 from .decisions import DecisionTable
 from .evaluator import default_evaluator
+from .export import antialias_resize
 from .held_out import batches
 from .post_processor import GoodPartsPostProcessor
 from .pre_processor import default_pre_processor
@@ -130,6 +132,12 @@ class FrozenBackboneMixin(CompressBackboneOnly):
     def configure_optimizers() -> None:
         """Return no optimiser: what is learned is learned from stored tokens, after the pass over the images."""
         return
+
+    def to_openvino(self, *args: Any, **kwargs: Any) -> Path:
+        """Export to OpenVINO as anomalib does, with the antialiased resize of fit, test and predict."""
+        path = super().to_openvino(*args, **kwargs)
+        antialias_resize(path)
+        return path
 
     def begin_fit(self) -> None:
         """Make every fit learn: the object may have been fitted before, or left in evaluation mode by an error."""

@@ -1,11 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pre-processing that fits a backbone."""
+"""Pre-processing that fits a backbone, and stays the same in an exported model."""
+
+import copy
+from typing import Any
 
 from anomalib.pre_processing import PreProcessor
-from torchvision.transforms.v2 import Compose, Normalize, Resize
+from anomalib.pre_processing.utils.transform import convert_center_crop_transform
+from torchvision.transforms.v2 import Compose, Normalize, Resize, Transform
 
 from .backbone import default_image_size, pretrained_config
+
+
+class AntialiasedPreProcessor(PreProcessor):
+    """anomalib's pre-processor, whose exported resize has antialiasing as that of fit, test and predict has.
+
+    anomalib's own turns it off for exports. Scores of images larger than the model's input then differ from those the
+    thresholds were set by.
+
+    Args:
+        transform (Transform | None): Transform of images. Defaults to ``None``.
+
+    Example:
+        >>> pre_processor = AntialiasedPreProcessor(Compose([Resize((8, 8), antialias=True)]))
+        >>> pre_processor.export_transform.transforms[0].antialias
+        True
+    """
+
+    def __init__(self, transform: Transform | None = None) -> None:
+        super().__init__(transform)
+        self._keep_antialiasing()
+
+    def load_checkpoint_config(self, config: dict[str, Any]) -> None:
+        """Restore configuration from a checkpoint."""
+        super().load_checkpoint_config(config)
+        self._keep_antialiasing()
+
+    def _keep_antialiasing(self) -> None:
+        if self.transform is not None:
+            self.export_transform = convert_center_crop_transform(copy.deepcopy(self.transform))
 
 
 def default_pre_processor(backbone: str, image_size: tuple[int, int] | None = None) -> PreProcessor:
@@ -23,7 +56,7 @@ def default_pre_processor(backbone: str, image_size: tuple[int, int] | None = No
         [518, 518]
     """
     config = pretrained_config(backbone)
-    return PreProcessor(
+    return AntialiasedPreProcessor(
         transform=Compose([
             Resize(image_size or default_image_size(backbone), antialias=True),
             Normalize(mean=list(config["mean"]), std=list(config["std"])),
