@@ -12,8 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .benchmark.post_processor import RawScorePostProcessor
     from .components.post_processor import GoodPartsPostProcessor
+    from .components.raw_scores import RawScorePostProcessor
     from .datamodule import AuxiliaryTarget
     from .explanations.visualizer import ExplanationVisualizer
     from .lightning_model import SPG
@@ -37,7 +37,7 @@ _MODULES = {
     "SPGModel": "torch_model",
     "GuideSettings": "settings",
     "GoodPartsPostProcessor": "components.post_processor",
-    "RawScorePostProcessor": "benchmark.post_processor",
+    "RawScorePostProcessor": "components.raw_scores",
     "AuxiliaryTarget": "datamodule",
     "ExplanationVisualizer": "explanations.visualizer",
 }

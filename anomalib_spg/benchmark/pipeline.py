@@ -8,7 +8,7 @@ What it does beside ``anomalib benchmark``:
 
 - Models of all learning types run, and models with other arguments and metrics may stand in one file.
 - Every model is rated by the same metrics (:func:`anomalib_spg.components.evaluator.default_evaluator`) in the order of
-  its raw scores (:class:`anomalib_spg.benchmark.post_processor.RawScorePostProcessor`).
+  its raw scores (:class:`anomalib_spg.components.raw_scores.RawScorePostProcessor`).
 - Every finished job is in ``<output>/results.csv`` at once, and the same command goes on where it was interrupted. A
   failing job is named and the others still run.
 - SPG jobs that would learn the same guides learn them once, into ``<output>/guides``: those that differ only in the
@@ -50,9 +50,9 @@ from anomalib_spg.components.backbone import Backbone
 from anomalib_spg.components.evaluator import default_evaluator
 from anomalib_spg.components.files import atomic_write
 from anomalib_spg.components.post_processor import GoodPartsPostProcessor
+from anomalib_spg.components.raw_scores import RawScorePostProcessor
 from anomalib_spg.settings import GuideSettings
 
-from .post_processor import RawScorePostProcessor
 from .tables import identify, read_results, results_table
 
 logger = logging.getLogger(__name__)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Post-processor for models whose raw scores lie anywhere, so that all are rated in the order of their scores."""
+"""Thresholds from good parts for any model of anomalib, whatever the range of its scores."""
 
 import torch
 from anomalib.data import Batch
 
-from anomalib_spg.components.post_processor import GoodPartsPostProcessor
+from .post_processor import GoodPartsPostProcessor
 
 
 class RawScorePostProcessor(GoodPartsPostProcessor):
