@@ -11,7 +11,7 @@ class AveragePrecision(AnomalibMetric, BinaryAveragePrecision):  # type: ignore[
 
 
 def default_evaluator() -> Evaluator:
-    """anomalib's default metrics, with average precision and AUPRO beside them.
+    """anomalib's default metrics, plus average precision and AUPRO.
 
     Returns:
         Evaluator: Image AUROC, AP and F1; pixel AUROC, AUPRO and F1 where there are masks.
