@@ -15,7 +15,7 @@ from PIL import Image
 
 
 class AuxiliaryTarget(AnomalibDataModule):
-    """Labelled auxiliary data for training, and a target dataset, held out from it, for validation and testing.
+    """Labelled auxiliary data for training, and target data unseen in training for validation and testing.
 
     The training set is the auxiliary dataset's test split, which holds the anomalous images and their masks (as
     published). Validation and test set are those of the target datamodule, unchanged.

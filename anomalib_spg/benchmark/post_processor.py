@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Post-processor for models whose raw scores lie anywhere, so that all are rated in the order of their scores."""
+"""Post-processor for models with unbounded raw scores, so that all are evaluated on the ranking of their scores."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ from anomalib_spg.components.post_processor import OrderPreservingPostProcessor
 
 
 class RawScorePostProcessor(OrderPreservingPostProcessor):
-    """The order-preserving post-processor for models whose raw scores lie anywhere, as distances do.
+    """The order-preserving post-processor for models with unbounded raw scores, such as distances.
 
-    Raw scores are first brought into (0, 1) by :func:`squash`, which rises everywhere: no score is clamped, and
-    torchmetrics, which takes a sigmoid of whatever it finds outside [0, 1], leaves them alone.
+    Raw scores are first mapped into (0, 1) by :func:`squash`, which is strictly increasing: no score is clamped, and
+    torchmetrics, which applies a sigmoid to values outside [0, 1], leaves them unchanged.
 
     Args:
         **kwargs: Arguments of :class:`anomalib.post_processing.PostProcessor`.
@@ -35,7 +35,7 @@ class RawScorePostProcessor(OrderPreservingPostProcessor):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Bring the scores into (0, 1) before thresholds and extremes are computed from them."""
+        """Map the scores into (0, 1) before thresholds and extremes are computed from them."""
         for field in ("pred_score", "anomaly_map"):
             if getattr(outputs, field) is not None:
                 setattr(outputs, field, squash(getattr(outputs, field)))
@@ -61,7 +61,7 @@ class RawScorePostProcessor(OrderPreservingPostProcessor):
 
 
 def squash(scores: torch.Tensor) -> torch.Tensor:
-    """Map any scores into (0, 1), strictly rising: ``(1 + s / (1 + |s|)) / 2``.
+    """Map any scores into (0, 1), strictly increasing: ``(1 + s / (1 + |s|)) / 2``.
 
     Args:
         scores (torch.Tensor): Scores of any shape and sign.

@@ -2,7 +2,7 @@
 
 """One HTML page over explained images, from one run or many: ``python -m anomalib_spg.explanations.report results``.
 
-It opens without internet: styles, scripts and records are inside, pictures are files beside it.
+It works offline: styles, scripts and records are embedded, pictures are files beside it.
 """
 
 import argparse
@@ -53,8 +53,8 @@ def _read(path: Path) -> dict[str, Any]:
 def write_report(folder: str | Path, name: str = "index.html") -> Path:
     """Write the page over all runs below a folder.
 
-    Of several versions of one results folder the newest counts. Where several categories are explained by atoms or by
-    neurons, a figure shows what they have in common.
+    Of several versions of a results folder only the newest is used. Where several categories are explained by atoms or
+    by neurons, a figure shows what they have in common.
 
     Args:
         folder (str | Path): Folder with runs, or one run's folder ``explanations``.
