@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Normality bank: normal patch tokens of one layer, and how far a patch is from the nearest of them."""
+"""Normality bank: normal patch tokens of one layer, and the distance of a patch to the nearest of them."""
 
 import torch
 from anomalib.models.components import DynamicBufferMixin, KCenterGreedy
@@ -8,21 +8,21 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-# A deviation of 1 is what one normal patch in a hundred exceeds. The score is a maximum over patches, so what counts is
-# how far the rare ones go; the mean would let the scale with the longer tail drown the other.
+# One normal patch in a hundred exceeds a deviation of 1. The score is a maximum over patches, so the tail of the
+# distances counts; divided by their mean, the scale with the longer tail would dominate the other.
 QUANTILE = 0.99
 # Bank tokens compared at a time: large enough for the matrix product, small enough for the cache.
 CHUNK = 512
 
 
 class NormalityBank(DynamicBufferMixin, nn.Module):
-    """Normal patch tokens and the distance that is usual among them.
+    """Normal patch tokens and the distance scale among them.
 
-    Distances are Euclidean. They are divided by what 99 % of the normal patches stay below when compared with the
-    *other* normal images, so that 1 means the same whatever the product, the backbone, the layer and the scale.
+    Distances are Euclidean. They are divided by the 99 % quantile of the normal patches' leave-one-image-out distances,
+    so that 1 means the same for every product, backbone, layer and scale.
 
     Args:
-        size (int | None): Most tokens to keep; more are thinned to a coreset by anomalib's k-center greedy. ``None``
+        size (int | None): Maximum number of tokens; anomalib's k-center greedy reduces more to a coreset. ``None``
             keeps all.
 
     Attributes:
@@ -61,14 +61,14 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
         Args:
             tokens (torch.Tensor): Projected patch tokens of the normal images ``(I, N, K)``.
             grid (tuple[int, int]): Rows and columns of patches, ``N = rows * columns``.
-            stride (int): Keep the tokens of every so many rows and columns only.
+            stride (int): Keep only the tokens of every ``stride``-th row and column.
 
         Returns:
             torch.Tensor: Deviation of each patch of the images in :func:`left_out_images` from the other images
             ``(J, N)``; of a single image, from its other quarters.
 
         Raises:
-            ValueError: If every normal patch has an exact copy in another image, so that no distance is usual.
+            ValueError: If every normal patch has an exact copy in another image, so that the distances vanish.
         """
         images, patches = tokens.shape[:2]
         numbers = torch.arange(patches, device=tokens.device)
@@ -95,7 +95,7 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
     def _leave_one_out(tokens: torch.Tensor, grid: tuple[int, int], kept: torch.Tensor) -> torch.Tensor:
         """Distance of patches to the kept ones of the other images; of a single image, to those of its other quarters.
 
-        At most 8 images, spread over all, are compared: a quantile of thousands of patches hardly moves with more.
+        At most 8 images, evenly spread, are held out in turn: more hardly change a quantile of thousands of patches.
         """
         images, patches = tokens.shape[:2]
         bank = tokens[:, kept]
@@ -120,7 +120,7 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
             tokens (torch.Tensor): Projected patch tokens ``(B, N, K)``.
 
         Returns:
-            torch.Tensor: Distance to the nearest bank token over the usual one ``(B, N)``.
+            torch.Tensor: Distance to the nearest bank token, divided by the distance scale ``(B, N)``.
         """
         if torch.compiler.is_compiling():
             distances = nearest(tokens, self.tokens)

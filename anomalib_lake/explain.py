@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Why an image has its score: the score split exactly into the neurons that made it, and the text."""
+"""Why an image has its score: the score split exactly into contributions of neurons and of the text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def explain(model: LAKEModel, tokens: Tokens, image_size: tuple[int, int]) -> li
 
     Args:
         model (LAKEModel): Model with a normality bank.
-        tokens (Tokens): What its backbone gave for the images.
+        tokens (Tokens): The backbone's output for the images.
         image_size (tuple[int, int]): Height and width of the images.
 
     Returns:

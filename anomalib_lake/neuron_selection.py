@@ -20,10 +20,9 @@ from .neurons import Selection, SensitiveNeurons
 class SelectSensitiveNeurons(Callback):
     """Restrict PatchCore or AnomalyDINO to the sensitive neurons of their backbone.
 
-    When the bank is made, before any coreset, the neurons are chosen from the stored patch tokens of the normal images,
-    in each layer by itself. The bank and every query keep these only. AnomalyDINO's tokens are brought to unit length
-    again afterwards. The choice is part of the model: of its checkpoints, which need the callback to be read, and of
-    what is exported.
+    Before the bank is built, and before any coreset, the neurons of each layer are chosen from the stored patch tokens
+    of the normal images. The bank and every query keep only these. AnomalyDINO's tokens are then brought to unit length
+    again. The choice is saved in checkpoints, which need the callback to be loaded, and in exported models.
 
     ``anomalib export --ckpt_path`` builds its model without callbacks. Export the trained model by ``Engine.export``
     instead, or load the checkpoint's state after :meth:`attach`.
@@ -60,7 +59,7 @@ class SelectSensitiveNeurons(Callback):
         self.selection = selection
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Attach the selection before a checkpoint is read or a bank is made.
+        """Attach the selection before a checkpoint is loaded or a bank is built.
 
         Raises:
             TypeError: If the model is neither PatchCore nor AnomalyDINO.
@@ -70,7 +69,7 @@ class SelectSensitiveNeurons(Callback):
         self.attach(pl_module)
 
     def attach(self, model: LightningModule) -> None:
-        """Give a model the selection; one that has it keeps its own.
+        """Attach the selection to a model; one that already has it keeps its own.
 
         Args:
             model (LightningModule): PatchCore or AnomalyDINO, not fitted yet.
@@ -88,7 +87,7 @@ class SelectSensitiveNeurons(Callback):
         if inner.memory_bank.numel() > 0:
             msg = f"This {type(model).__name__} has a bank of all channels already. Fit a new one with the callback."
             raise ValueError(msg)
-        # Swapped, not rebuilt: these models do not keep the arguments they were built with.
+        # The class is swapped, not the model rebuilt: these models do not keep their constructor's arguments.
         inner.__class__ = _SENSITIVE[type(inner)]
         inner.make_neurons(self.num_neurons, self.selection)
 
@@ -112,7 +111,7 @@ class _SensitiveBank(nn.Module):
         return torch.cat([neurons(layer) for neurons, layer in zip(self.neurons, layers, strict=True)], dim=-1)
 
     def choose(self) -> None:
-        """Choose the neurons by the stored tokens, and restrict these."""
+        """Choose the neurons from the stored tokens, and restrict the tokens to them."""
         if not self.embedding_store:
             return  # anomalib's own error follows
         tokens = torch.vstack(self.embedding_store)
@@ -132,7 +131,7 @@ class SensitivePatchcoreModel(_SensitiveBank, PatchcoreModel):
         self.neurons.to(self.memory_bank)
 
     def reshape_embedding(self, embedding: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # static there
-        """Bring maps ``(B, D, H, W)`` to tokens ``(B * H * W, D)``, of the chosen neurons once there is a bank."""
+        """Reshape maps ``(B, D, H, W)`` to tokens ``(B * H * W, D)``, of the chosen neurons outside training."""
         tokens = super().reshape_embedding(embedding)
         return tokens if self.training else self.restrict(tokens)
 
@@ -152,7 +151,7 @@ class SensitiveAnomalyDINOModel(_SensitiveBank, AnomalyDINOModel):
         self.neurons.to(self.memory_bank)
 
     def extract_features(self, image_tensor: torch.Tensor) -> torch.Tensor:
-        """Extract tokens ``(B, N, D)``, of the chosen neurons once there is a bank."""
+        """Extract tokens ``(B, N, D)``, of the chosen neurons outside training."""
         tokens = super().extract_features(image_tensor)
         if self.training:
             return tokens
@@ -166,13 +165,13 @@ class SensitiveAnomalyDINOModel(_SensitiveBank, AnomalyDINOModel):
         batch_features: np.ndarray,
         grid_size: tuple[int, int],
     ) -> np.ndarray:
-        """Tell foreground ``(B, N)`` from background by all channels, as without the selection."""
+        """Separate foreground ``(B, N)`` from background by all channels, as without the selection."""
         if not self.training:
             batch_features = self._all_channels.detach().cpu().numpy()
         return super().compute_background_masks(batch_features, grid_size)
 
     def fit(self) -> None:
-        """Choose the neurons, then make the bank."""
+        """Choose the neurons, then build the bank."""
         self.choose()
         super().fit()
 

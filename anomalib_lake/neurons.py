@@ -20,7 +20,7 @@ class SensitiveNeurons(DynamicBufferMixin, nn.Module):
         count (int): Neurons to keep, K. Defaults to 100 (paper).
         selection (str): ``"variance"`` keeps the channels of largest variance (paper). The controls: ``"random"``
             channels, those of ``"lowest"`` variance, the K principal components of the tokens (``"pca"``), or ``"all"``
-            channels, whatever ``count`` says.
+            channels, regardless of ``count``.
         normalization (str): Bring tokens to unit length ``"after"`` the selection, ``"before"`` it, or not at all
             (``"none"``). Defaults to ``"after"`` (ours).
 
@@ -28,7 +28,7 @@ class SensitiveNeurons(DynamicBufferMixin, nn.Module):
         indices (torch.Tensor): Chosen channels ``(K,)``, the most sensitive first; empty for ``"pca"``.
         variances (torch.Tensor): Variance of every channel over the normal patch tokens ``(D,)``.
         components (torch.Tensor): Principal directions ``(D, K)``; empty unless ``"pca"``.
-        mean (torch.Tensor): Mean token ``(D,)`` the principal directions start from; empty unless ``"pca"``.
+        mean (torch.Tensor): Mean token ``(D,)``, the origin of the principal directions; empty unless ``"pca"``.
 
     Raises:
         ValueError: If ``selection`` or ``normalization`` is unknown, or ``count`` is not positive.
@@ -73,7 +73,7 @@ class SensitiveNeurons(DynamicBufferMixin, nn.Module):
         self.mean: torch.Tensor
 
     def select(self, tokens: torch.Tensor, generator: torch.Generator | None = None) -> None:
-        """Choose the neurons by the normal patch tokens.
+        """Choose the neurons from the normal patch tokens.
 
         Args:
             tokens (torch.Tensor): Normal patch tokens ``(M, D)``.

@@ -2,7 +2,7 @@
 
 """Text side of LAKE: prompts, and their embeddings by the text tower of an OpenCLIP checkpoint.
 
-The tower exists only while the two embeddings are computed; what stays are two vectors.
+The tower exists only while the two embeddings are computed; only these two vectors are kept.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from anomalib_spg.components.backbone import pretrained_config, read_weights
 
 CHECKPOINT = "open_clip_model.safetensors"  # what OpenCLIP calls it in the hub's repositories
 BATCH = 64  # prompts at a time
-VOCABULARY = 49408  # of CLIP's own tokenizer, the one there is here
+VOCABULARY = 49408  # of CLIP's own tokenizer, the only one supported
 
 
 def prompts(

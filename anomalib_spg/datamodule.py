@@ -15,21 +15,21 @@ from PIL import Image
 
 
 class AuxiliaryTarget(AnomalibDataModule):
-    """Labelled auxiliary data for training, target data never seen for validation and testing.
+    """Labelled auxiliary data for training, and target data unseen in training for validation and testing.
 
-    The training set is what the auxiliary dataset tests on, since that split holds the anomalous images with their
-    masks (as published). Validation and test set are those of the target datamodule as they are.
+    The training set is the auxiliary dataset's test split, which holds the anomalous images and their masks (as
+    published). Validation and test set are those of the target datamodule, unchanged.
 
     Args:
         auxiliary (str): Name of an image datamodule of anomalib, for instance ``"Visa"``.
         target (str): Name of an image datamodule of anomalib, for instance ``"MVTecAD"``.
         auxiliary_args (dict[str, Any] | None): Its arguments, for instance ``{"root": "./datasets/visa"}``.
         target_args (dict[str, Any] | None): Its arguments, ``category`` among them.
-        auxiliary_categories (str | list[str]): One category, several, or ``"all"`` of the dataset. Without effect on
-            datasets that have none. Defaults to ``"all"`` (paper).
+        auxiliary_categories (str | list[str]): One category, several, or ``"all"`` of the dataset. Ignored for
+            datasets without categories. Defaults to ``"all"`` (paper).
         train_batch_size (int): Images per batch through the backbone; does not change what is learned. Defaults to 16.
         eval_batch_size (int): Batch size for validation and testing. Defaults to 16.
-        num_workers (int): Processes that read images. Defaults to 8.
+        num_workers (int): Worker processes that read images. Defaults to 8.
         seed (int | None): Passed to both datamodules. Defaults to ``None``.
 
     Raises:
@@ -89,7 +89,7 @@ class AuxiliaryTarget(AnomalibDataModule):
         return self._name
 
     def prepare_data(self) -> None:
-        """Download and prepare both datasets if they are not there."""
+        """Download and prepare both datasets if they are missing."""
         for datamodule in [*self.auxiliaries, self.target]:
             datamodule.prepare_data()
 
@@ -131,7 +131,7 @@ def _build(name: str, arguments: dict[str, Any]) -> AnomalibDataModule:
 
 
 def _all_categories(name: str) -> list[str]:
-    """anomalib lists a dataset's categories in the module of the dataset that goes with the datamodule."""
+    """List a dataset's categories, which anomalib keeps in the module of the datamodule's dataset."""
     datasets = import_module(_datamodule_class(name).__module__.replace(".datamodules.", ".datasets."))
     if not hasattr(datasets, "CATEGORIES"):
         msg = f"anomalib does not list the categories of {name}; name them in auxiliary_categories."
@@ -149,7 +149,7 @@ def _concatenate(datasets: list[AnomalibDataset]) -> AnomalibDataset:
 
 
 def _check(dataset: AnomalibDataset) -> None:
-    """Refuse auxiliary data that cannot be learned from, before the backbone has spent time on it."""
+    """Refuse auxiliary data that cannot be learned from, before any pass through the backbone."""
     samples = dataset.samples
     for label, word in ((LabelName.NORMAL, "normal"), (LabelName.ABNORMAL, "anomalous")):
         if not (samples.label_index == label).any():

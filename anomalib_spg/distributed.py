@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Broadcast and all-reduce, for several processes that train together, each on its share of the images.
+"""Broadcast and all-reduce for distributed training, where each process has its share of the images.
 
-Without a process group every function here leaves its argument as it is.
+Without a process group every function here leaves its argument unchanged.
 """
 
 from collections.abc import Iterable
@@ -12,12 +12,12 @@ from torch import distributed
 
 
 def num_processes() -> int:
-    """Number of processes that train together."""
+    """World size; 1 without a process group."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def broadcast(tensors: Iterable[torch.Tensor]) -> None:
-    """Give every process the first one's tensors, in place.
+    """Broadcast the tensors of rank 0, in place.
 
     Args:
         tensors (Iterable[torch.Tensor]): The same shapes in every process.
@@ -28,7 +28,7 @@ def broadcast(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def average_processes(tensors: Iterable[torch.Tensor | None]) -> None:
-    """Replace tensors, gradients for instance, by their mean over the processes, in place.
+    """All-reduce tensors, such as gradients, to their mean, in place.
 
     Args:
         tensors (Iterable[torch.Tensor | None]): The same shapes in every process; ``None`` is skipped.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Why an image has its score: the score split exactly into the atoms that made it."""
+"""Why an image has its score: the score split exactly into contributions of atoms."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def explain(model: SPGModel, tokens: Tokens, image_size: tuple[int, int]) -> lis
 
     The probability is the sigmoid of that sum, so its distance from 1/2, which is no preference, is divided among the
     atoms in proportion to their terms: :math:`p - 1/2 = \sum_c t_c \, (p - 1/2) / \sum_c t_c`. Averaging layers,
-    upsampling and smoothing are linear, hence the terms of all atoms sum to every pixel of the map and to the score.
+    upsampling and smoothing are linear, hence what the atoms add sums to every pixel of the map and to the score.
 
     Args:
         model (SPGModel): Model with guides.
-        tokens (Tokens): What its backbone gave for the images.
+        tokens (Tokens): The backbone's output for the images.
         image_size (tuple[int, int]): Height and width of the images.
 
     Returns:
-        list[Explanation]: One per image. With ``image_score="lse"``, which is not linear, ``other`` holds what the
-            score lies above the weighted mean of the pixels.
+        list[Explanation]: One per image. With ``image_score="lse"``, which is not linear, ``other`` holds the
+            difference between the score and the weighted mean of the pixels.
 
     Example:
         >>> from anomalib_spg import SPGModel
@@ -97,15 +97,15 @@ def _terms(tokens: torch.Tensor, atoms: torch.Tensor, strengths: torch.Tensor, t
     """Divide ``p - 1/2`` among the atoms: tokens ``(..., D)`` give ``(..., n)``."""
     terms = F.normalize(tokens, dim=-1, eps=1e-8) @ atoms.T * strengths
     logit = terms.sum(dim=-1, keepdim=True) / temperature
-    # (sigmoid(l) - 1/2) / l = tanh(l / 2) / 2l, which is 1/4 where l is nothing
+    # (sigmoid(l) - 1/2) / l = tanh(l / 2) / 2l, which tends to 1/4 as l goes to 0
     safe = torch.where(logit.abs() > 1e-4, logit, 1.0)
     per_logit = torch.where(logit.abs() > 1e-4, torch.tanh(safe / 2) / (2 * safe), 0.25)
     return terms * per_logit / temperature
 
 
 def _pixel_weights(model: SPGModel, anomaly_map: torch.Tensor) -> torch.Tensor:
-    """How much each pixel counts in the image score; they sum to 1 ``(B, H, W)``."""
-    # The score's own gradient. A test runs in inference mode, whose tensors have none.
+    """Weight of each pixel in the image score ``(B, H, W)``; they sum to 1."""
+    # The gradient of the score. Tests run in inference mode, where tensors have no gradient.
     with torch.inference_mode(mode=False), torch.enable_grad():
         pixels = anomaly_map.flatten(1).clone().requires_grad_()
         return torch.autograd.grad(model.score(pixels).sum(), pixels)[0].view_as(anomaly_map)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def plot_guides(guides: Guides, block: int, examples: Examples | None = None, atoms: int = 8) -> Figure:
     """Show what SPG's local guides of a block look for: the atoms that push most to anomaly and to normal.
 
-    An atom's strength is what it adds to the difference of the two cosines for a patch that is the atom itself, see
+    An atom's strength is what it adds to the difference of the two cosines for a patch equal to the atom, see
     :meth:`Guides.local_strengths`.
 
     Args:

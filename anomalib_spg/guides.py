@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Stage 2: the four sparse guides, and the file they travel in."""
+"""Stage 2: the four sparse guides, and the file they are saved in."""
 
 import json
 import logging
@@ -64,7 +64,7 @@ class Guides(DynamicBufferMixin):
         self.vectors: torch.Tensor
 
     def set(self, atoms: torch.Tensor, atom_indices: torch.Tensor, coefficients: torch.Tensor) -> None:
-        """Take over learned guides, keeping only atoms that some guide uses.
+        """Set learned guides, keeping only the atoms that some guide uses.
 
         Args:
             atoms (torch.Tensor): Unit-norm atoms ``(n, D)``.
@@ -79,7 +79,7 @@ class Guides(DynamicBufferMixin):
         self.vectors = self.coefficients @ self.atoms
 
     def local_strengths(self) -> torch.Tensor:
-        r"""What each atom adds to the difference of the cosines of a patch that is the atom itself.
+        r"""What each atom adds to the difference of the cosines, for a patch equal to the atom.
 
         Returns:
             torch.Tensor: :math:`w_c = a_c / \lVert g_a \rVert - n_c / \lVert g_n \rVert` from the coefficients of the
@@ -138,7 +138,7 @@ def anomaly_probability(
 
 
 class _Coefficients(nn.Module):
-    """The learnable side of the guides; a module of its own so that an average of it can be kept."""
+    """The learnable coefficients, as a module of which ``AveragedModel`` can keep an average."""
 
     def __init__(self, num_atoms: int, top_k: int | None) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class _Coefficients(nn.Module):
 
 
 class _FreeVectors(nn.Module):
-    """The control: guides that are any vectors at all.
+    """The control: guides that are unconstrained vectors.
 
     They start as close together as the sparse ones do: coordinates of about 0.1 along the mean token, plus N(0, 0.01²).
     """
@@ -186,8 +186,7 @@ def train_guides(
 ) -> None:
     """Learn the four guides on stored tokens and masks.
 
-    Where several processes train together, each on its own images, gradients are averaged: all end with the same
-    guides.
+    In distributed training gradients are all-reduced to their mean, so that all processes end with the same guides.
 
     Args:
         guides (Guides): Receives the result.
@@ -233,7 +232,7 @@ def train_guides(
         weight = torch.as_tensor((1 + step) / (10 + step)).clamp(max=decay) if settings.ema_warmup else decay
         return torch.lerp(new, kept, torch.as_tensor(weight, dtype=new.dtype, device=new.device))
 
-    averaged = AveragedModel(coefficients, avg_fn=average)  # its first update copies
+    averaged = AveragedModel(coefficients, avg_fn=average)  # the first update copies
     optimizer = torch.optim.Adam(coefficients.parameters(), lr=learning_rate, betas=(0.5, 0.999))
     targets = torch.tensor(store.labels, dtype=torch.long, device=device)
     size = (masks[0].shape[0], masks[0].shape[1])
@@ -278,10 +277,10 @@ def train_guides(
 
 
 def save_guides(path: str | Path, guides: Sequence[Guides], metadata: dict[str, Any]) -> Path:
-    """Write guides to a safetensors file, whole or not at all.
+    """Write guides to a safetensors file atomically.
 
     Args:
-        path (str | Path): File to write; folders are made.
+        path (str | Path): File to write; folders are created.
         guides (Sequence[Guides]): One set per layer.
         metadata (dict[str, Any]): Plain data stored beside them; see :meth:`SPGModel.metadata`.
 
@@ -289,7 +288,7 @@ def save_guides(path: str | Path, guides: Sequence[Guides], metadata: dict[str, 
         Path: The file.
 
     Raises:
-        OSError: If it cannot be written; a file of that name from before is left as it was.
+        OSError: If it cannot be written; an existing file is left unchanged.
     """
     path = Path(path)
     tensors = {

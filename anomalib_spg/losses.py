@@ -34,7 +34,7 @@ def focal_loss(
 
 
 def dice_loss(p_anomaly: torch.Tensor, mask: torch.Tensor, smoothing: float = 1.0) -> torch.Tensor:
-    r"""Dice loss :math:`1 - (2 \sum p t + s) / (\sum p + \sum t + s)` per image, averaged, of both classes added.
+    r"""Dice loss :math:`1 - (2 \sum p t + s) / (\sum p + \sum t + s)` per image, averaged, added over both classes.
 
     The sums over the normal class, :math:`1 - p` and :math:`1 - t`, follow from those over the anomalous one.
 

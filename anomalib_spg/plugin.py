@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Makes installed plugin models and datamodules known to anomalib, without a change to anomalib or to its commands.
+"""Registers installed plugin models and datamodules with anomalib, without changing anomalib or its commands.
 
 anomalib itself has no discovery of third-party code. torch, however, calls every entry point of the group
 ``torch.backends`` at the end of ``import torch`` (its autoload, off with ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``).
-:func:`autoload` is declared there and does nothing but ask to be called back once ``anomalib.models`` is imported;
-:func:`register_models` then loads every entry point of the groups ``anomalib.models`` and
-``anomalib.data``, of any distribution.
+:func:`autoload` is declared there. All it does is have :func:`register_models` called once ``anomalib.models`` has been
+imported; that function loads every entry point of the groups ``anomalib.models`` and ``anomalib.data``, of any
+distribution.
 
 This module, and the packages' ``__init__``, are imported while torch is still importing, so they must not import it.
 """
@@ -34,9 +34,9 @@ def autoload() -> None:
 
 
 class _Finder:
-    """Import hook for ``anomalib.models``: found as ever, and registering after it has run.
+    """Import hook that lets ``anomalib.models`` be found as usual, and registers the plugins once it has run.
 
-    The library wrapt has such hooks too, but importing it costs more than all the rest here.
+    The library wrapt offers such hooks, but importing it takes longer than everything else here.
     """
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:  # noqa: ANN401
@@ -57,11 +57,11 @@ class _Finder:
 
 
 def register_models(models: ModuleType | None = None) -> None:
-    """Load the entry points of the groups ``anomalib.models`` and ``anomalib.data`` and make them known to anomalib.
+    """Load the entry points of the groups ``anomalib.models`` and ``anomalib.data`` and register them with anomalib.
 
     Each class becomes an attribute of the module its group is named after (for ``class_path: SPG``), and a model's
-    module one that ``get_model`` may import from (for ``class_path: anomalib_spg.SPG``). An entry point that cannot be
-    loaded costs a warning that names it. Calling this again does no harm.
+    module is added to those ``get_model`` may import from (for ``class_path: anomalib_spg.SPG``). An entry point that
+    cannot be loaded only causes a warning that names it. Calling this more than once is harmless.
 
     Args:
         models (ModuleType | None): The module ``anomalib.models``. ``None`` takes it if it has been imported, and does
@@ -71,7 +71,7 @@ def register_models(models: ModuleType | None = None) -> None:
     if models is None:
         return
     if not _is_complete(models):
-        # anomalib.models was imported first and is itself importing torch: wait until somebody uses it.
+        # anomalib.models was imported first and is itself importing torch: wait until it is used.
         models.__class__ = _Awaiting
         return
     awaiting = False
@@ -98,13 +98,13 @@ def register_models(models: ModuleType | None = None) -> None:
         setattr(module, entry_point.name, value)
         allowed: set[str] = getattr(module, "ALLOWED_MODULES", set())
         allowed.add(entry_point.module)
-    if awaiting:  # only now: the lines above use the module, and would come back here for ever
+    if awaiting:  # not earlier: the lines above access the module, which would call this function again
         models.__class__ = _Awaiting
 
 
 def _is_complete(models: ModuleType) -> bool:
-    """Whether ``anomalib.models`` has run to its end, where ``get_model`` stands."""
-    return "get_model" in ModuleType.__getattribute__(models, "__dict__")  # noqa: PLC2801  # past _Awaiting's own
+    """Whether ``anomalib.models`` is fully imported: ``get_model`` is defined at its end."""
+    return "get_model" in ModuleType.__getattribute__(models, "__dict__")  # noqa: PLC2801  # bypasses _Awaiting's
 
 
 class _Awaiting(ModuleType):

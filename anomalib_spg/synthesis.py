@@ -27,12 +27,12 @@ class AnomalySynthesizer:
             Defaults to 0.5 (ours).
         size (tuple[float, float]): Smallest and largest extent of an anomaly as a share of the image's shorter side,
             drawn log-uniformly. Defaults to ``(0.02, 0.4)`` (ours).
-        max_anomalies (int): Most anomalies drawn on one image. Defaults to 3 (ours).
+        max_anomalies (int): Maximum number of anomalies on one image. Defaults to 3 (ours).
         strength (tuple[float, float]): Range of the blending weight of the content. Defaults to ``(0.4, 1.0)`` (ours).
         contents (tuple[str, ...]): Kinds of content to choose from: ``"foreign"`` (a piece of another image, stretched
             and turned, or a procedural pattern), ``"paste"`` (a turned piece of the same image), ``"smear"`` (blur
             along a direction), ``"grain"`` (noise, or shuffled pixels), ``"tone"`` (one colour), ``"contrast"`` (the
-            place itself with other brightness and contrast). Defaults to all.
+            same place with other brightness and contrast). Defaults to all.
         shapes (tuple[str, ...]): Kinds of shape to choose from: ``"blob"``, ``"ellipse"``, ``"scratch"``,
             ``"speckle"`` (dots), ``"perlin"`` (many patches). Defaults to all.
 
@@ -97,7 +97,7 @@ class AnomalySynthesizer:
         height, width = image.shape[-2:]
         mask = _shape(_choose(self.shapes), height, width, self.size).to(image.device)
         content = _content(_choose(self.contents), image, foreign, mask)
-        # A soft edge keeps the outline itself from being the giveaway.
+        # A soft edge, so that the outline alone does not give the anomaly away.
         alpha = gaussian_blur(mask.float()[None], [13, 13], [_uniform(0.3, 2.0)] * 2)[0] * _uniform(*self.strength)
         return torch.lerp(image, content, alpha), mask
 
@@ -196,7 +196,7 @@ def _pattern(image: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torc
 
 
 def _piece(foreign: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """A turned, stretched foreign image near the image's levels, but not on them; sometimes its negative."""
+    """A turned, stretched foreign image on levels near the image's own; sometimes inverted."""
     piece = _turn(foreign, zoom=math.exp(_uniform(-1.2, 1.2)))
     own_mean, own_std = piece.mean(dim=(1, 2), keepdim=True), piece.std(dim=(1, 2), keepdim=True)
     sign = 1 if torch.rand(()) < 0.8 else -1
@@ -204,7 +204,7 @@ def _piece(foreign: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torc
 
 
 def _turn(image: torch.Tensor, zoom: float) -> torch.Tensor:
-    """Rotate, zoom and shift an image; the outside is mirrored in."""
+    """Rotate, zoom and shift an image; what lies outside is filled by reflection."""
     angle = _uniform(0, 2 * math.pi)
     cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
     theta = torch.tensor([[cos, -sin, _uniform(-1, 1)], [sin, cos, _uniform(-1, 1)]], device=image.device)

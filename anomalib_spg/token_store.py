@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Where the tokens of the training images wait for the two stages: in memory, or memory-mapped on disk."""
+"""Storage of the training images' tokens for the two stages: in memory, or memory-mapped on disk."""
 
 import ctypes
 import hashlib
@@ -25,16 +25,15 @@ GIB = 2**30
 class TokenStore:
     """Half-precision tokens, masks and labels of training images.
 
-    In memory, or with a folder on disk: every batch is then written to a file of its own and its tensors are
-    memory-mapped, so that the system keeps in memory what fits and drops the rest. A run that is interrupted leaves its
-    files; a store of the same folder and identity opens them again, and :attr:`restored` tells which images need not
-    pass the backbone a second time.
+    Kept in memory or, with a folder, on disk: every batch is then written to its own file and memory-mapped, so
+    that the system keeps in memory what fits. An interrupted run leaves its files; a store with the same folder and
+    identity opens them again, and :attr:`restored` names the images that need no second pass through the backbone.
 
     Args:
         folder (str | Path | None): Folder to write below. ``None`` keeps everything in memory. Defaults to ``None``.
-        identity (dict[str, Any] | None): Plain data that tells these tokens from others: backbone, layers, image size,
-            data. It names the folder's subfolder. Defaults to ``None``.
-        memory_limit (float): Most memory to take, in GiB, where everything is kept there. Defaults to 16 (ours).
+        identity (dict[str, Any] | None): Plain data that determines the tokens: backbone, layers, image size, data.
+            Its hash names the subfolder. Defaults to ``None``.
+        memory_limit (float): Maximum memory in GiB, where everything is kept in memory. Defaults to 16 (ours).
 
     Attributes:
         patches (list[list[torch.Tensor]]): Patch tokens ``(N, D)`` of every image, by layer.
@@ -42,7 +41,7 @@ class TokenStore:
         masks (list[torch.Tensor]): Boolean mask ``(H, W)`` of every image.
         labels (list[bool]): Whether each image is anomalous.
         grid (tuple[int, int]): Rows and columns of patches.
-        restored (set[str]): Names of the images that an interrupted run left.
+        restored (set[str]): Names of the images that an interrupted run has stored.
         path (Path | None): The subfolder with this store's files.
 
     Example:
@@ -81,18 +80,18 @@ class TokenStore:
         folder: str | Path | None = None,
         identity: dict[str, Any] | None = None,
     ) -> "TokenStore":
-        """Open a store that holds the tokens of so many images: in memory if they fit, else on disk.
+        """Open a store for the tokens of a number of images: in memory if they fit, else on disk.
 
         Args:
             backbone (Backbone): Backbone whose tokens will be stored.
             num_images (int): Images, or drawn views of images.
             image_size (tuple[int, int]): Their height and width.
-            memory_limit (float): Most memory to take, in GiB. Defaults to 16 (ours).
-            folder (str | Path | None): Folder for what needs more. ``None`` refuses instead. Defaults to ``None``.
+            memory_limit (float): Maximum memory in GiB. Defaults to 16 (ours).
+            folder (str | Path | None): Folder for tokens that need more. ``None`` raises instead. Defaults to ``None``.
             identity (dict[str, Any] | None): See the class.
 
         Returns:
-            TokenStore: The store, with what an interrupted run left there.
+            TokenStore: The store, with what an interrupted run has stored.
 
         Raises:
             MemoryError: If they need more than the memory limit and there is no folder.
@@ -108,7 +107,7 @@ class TokenStore:
         return store
 
     def check_memory(self, backbone: Backbone, num_images: int, image_size: tuple[int, int]) -> None:
-        """Refuse what does not fit ``memory_limit``; on disk everything does.
+        """Refuse tokens that exceed ``memory_limit``, which does not apply on disk.
 
         Args:
             backbone (Backbone): Backbone whose tokens are stored.
@@ -132,7 +131,7 @@ class TokenStore:
         return len(self.labels)
 
     def __contains__(self, name: str) -> bool:
-        """Whether an interrupted run has left the image of that name."""
+        """Whether an interrupted run has stored the image of that name."""
         return name in self.restored
 
     def add(
@@ -148,7 +147,7 @@ class TokenStore:
             tokens (Tokens): Tokens of ``B`` images.
             masks (torch.Tensor): Anomaly masks ``(B, H, W)``.
             labels (Sequence[bool]): Whether each image is anomalous, ``B`` of them.
-            names (Sequence[str] | None): Names to know the images by after an interruption. Defaults to ``None``.
+            names (Sequence[str] | None): Names that identify the images after an interruption. Defaults to ``None``.
 
         Raises:
             OSError: If the disk is full. What was stored before stays.
@@ -216,7 +215,7 @@ class TokenStore:
 
 
 def memory_need(backbone: Backbone, num_images: int, image_size: tuple[int, int]) -> int:
-    """Bytes that storing so many images takes: half-precision tokens of every layer, and a byte per mask pixel.
+    """Bytes needed to store images: half-precision tokens of every layer, and a byte per mask pixel.
 
     Args:
         backbone (Backbone): Backbone whose tokens are stored.
@@ -239,18 +238,18 @@ def memory_need(backbone: Backbone, num_images: int, image_size: tuple[int, int]
 def _release_memory() -> None:
     """Give freed memory back to the system.
 
-    The copies that writing a batch takes lie between small objects that stay, and glibc would keep every hole: several
-    GiB after a few hundred batches.
+    Writing a batch makes temporary copies, between which small objects stay allocated; glibc would keep the gaps:
+    several GiB after a few hundred batches.
     """
     with suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def check_space(folder: str | Path, need: int) -> None:
-    """Refuse to store what would not fit on the disk.
+    """Refuse tokens that do not fit on the disk.
 
     Args:
-        folder (str | Path): Where it would go; it need not exist.
+        folder (str | Path): Where they would go; it need not exist.
         need (int): Bytes.
 
     Raises:

@@ -46,7 +46,7 @@ class SPGModel(nn.Module):
         weights (str | Path | None): Local weights file used instead of timm's hub. Defaults to ``None``.
         image_size (tuple[int, int] | None): Height and width images are expected to have. Others work, slightly slower.
             Defaults to ``None``: that of the guides file, else the size the weights were trained with.
-        guides_file (str | Path | None): Guides to use; nothing is left to learn then. Defaults to ``None``.
+        guides_file (str | Path | None): Guides to use; nothing is learned then. Defaults to ``None``.
         temperature (float | None): Softmax temperature. ``None`` is that of the guides file, else 0.07 (paper).
         sigma (float): Gaussian smoothing of the map in pixels; 0 for none. Defaults to 4 (paper).
         image_score (str): How the map becomes a score: its maximum (``"max"``, paper), the mean of its top
@@ -149,7 +149,7 @@ class SPGModel(nn.Module):
             images (torch.Tensor): Normalised images ``(B, 3, H, W)``, or grey ones ``(B, 1, H, W)``.
             masks (torch.Tensor | None): Training mode only: anomaly masks ``(B, H, W)``.
             labels (torch.Tensor | None): Training mode only: image labels ``(B,)``, 1 for anomalous. ``None`` takes
-                images whose mask has a pixel.
+                images whose mask is not empty.
             names (Sequence[str] | None): Training mode only: names of the images, see :class:`TokenStore`.
 
         Returns:
@@ -226,13 +226,13 @@ class SPGModel(nn.Module):
     ) -> None:
         """Learn dictionary and guides from the stored tokens, layer by layer, and forget the tokens.
 
-        Files of tokens on disk stay until :meth:`TokenStore.clear`, so that they survive what comes next.
+        Files of tokens on disk stay until :meth:`TokenStore.clear`, so that they survive a failure to save the guides.
 
         Args:
             settings (GuideSettings | None): Settings of the two stages. ``None`` takes the published ones.
             log (Callable): Receives losses by name and the epoch they belong to.
-            learned (Callable): Told of every layer when it is done: its block, its guides, and the patch tokens
-                ``(N, D)`` of every training image, which are forgotten afterwards.
+            learned (Callable): Called after every layer with its block, its guides, and the patch tokens ``(N, D)``
+                of every training image, which are forgotten afterwards.
 
         Raises:
             ValueError: If nothing was stored, or no image, or every image, is anomalous.
@@ -282,7 +282,7 @@ class SPGModel(nn.Module):
             store.clear()
 
     def save_guides(self, path: str | Path, **trained_on: Any) -> Path:
-        """Write the guides, and what is needed to use them right, to a safetensors file.
+        """Write the guides, and the metadata needed to use them, to a safetensors file.
 
         Args:
             path (str | Path): File to write.
@@ -294,7 +294,7 @@ class SPGModel(nn.Module):
         return save_guides(path, list(self.guides), {**self.metadata(), "trained_on": trained_on})
 
     def metadata(self) -> dict[str, Any]:
-        """What a guides file records beside the guides.
+        """Metadata that a guides file holds beside the guides.
 
         Returns:
             dict[str, Any]: Backbone, layers, image size, temperature, image statistics, settings and versions.
@@ -312,7 +312,7 @@ class SPGModel(nn.Module):
 
 
 class _EpochLog:
-    """Number a stage's epochs and put the block's name before its losses."""
+    """Count a stage's epochs, and prefix the names of its losses with the block."""
 
     def __init__(self, log: Callable[[dict[str, float], int], None], prefix: str) -> None:
         self.log = log

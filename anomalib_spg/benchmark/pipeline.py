@@ -4,19 +4,19 @@
 
     python -m anomalib_spg.benchmark --config configs/benchmark/spg_visa_to_mvtecad.yaml
 
-What it does beside ``anomalib benchmark``:
+What it does beyond ``anomalib benchmark``:
 
-- Models of all learning types run, and models with other arguments and metrics may stand in one file.
-- Every model is rated by the same metrics (:func:`anomalib_spg.components.evaluator.default_evaluator`) in the order of
-  its raw scores (:class:`anomalib_spg.components.raw_scores.RawScorePostProcessor`).
-- Every finished job is in ``<output>/results.csv`` at once, and the same command goes on where it was interrupted. A
-  failing job is named and the others still run.
-- SPG jobs that would learn the same guides learn them once, into ``<output>/guides``: those that differ only in the
-  target of :class:`anomalib_spg.AuxiliaryTarget`, or in arguments that act at inference only.
+- Models of all learning types run, and one file may combine models with different arguments and metrics.
+- Every model is evaluated with the same metrics (:func:`anomalib_spg.components.evaluator.default_evaluator`) on the
+  ranking of its raw scores (:class:`anomalib_spg.components.raw_scores.RawScorePostProcessor`).
+- Every finished job is written to ``<output>/results.csv`` at once, and the same command resumes an interrupted run. A
+  failing job is reported, and the others still run.
+- SPG jobs with the same guides learn them once, into ``<output>/guides``: those that differ only in the target of
+  :class:`anomalib_spg.AuxiliaryTarget`, or in arguments that act at inference only.
 
-Two things may be written that ``anomalib benchmark`` does not know: ``benchmark:`` may be a list of such blocks, and a
-``grid:`` may stand inside an entry of another. A model that takes no image size, as anomalib's own, is given one by
-``image_size:`` beside its ``init_args:``. Jobs run one after another on one device.
+The config has two extensions: ``benchmark:`` may be a list of blocks, and a ``grid:`` may be nested in an entry of
+another. For models without an argument for the image size, such as anomalib's own, ``image_size:`` goes beside
+``init_args:``. Jobs run one after another on one device.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ from .tables import identify, read_results, results_table
 
 logger = logging.getLogger(__name__)
 
-# SPG's arguments that decide the guides: what the tokens are, and how guides are learned from them.
+# SPG's arguments that determine the guides: those of the tokens, and of learning from them.
 _GUIDE_ARGUMENTS = {
     "backbone",
     *inspect.signature(Backbone).parameters,
@@ -76,7 +76,7 @@ class BenchmarkJob(Job):
         output (Path): Folder of the results.
 
     Attributes:
-        key (str): Digest of all that; a row of the results with this key makes the job superfluous.
+        key (str): Hash of all that; if the results have a row with this key, the job is done.
         guides (Path | None): Where SPG's guides are shared with other jobs; ``None`` for other models.
     """
 
@@ -110,7 +110,7 @@ class BenchmarkJob(Job):
                 accelerator=self.accelerator,
                 devices=1,
                 default_root_dir=folder,
-                callbacks=[ModelCheckpoint(save_top_k=0)],  # a checkpoint per job would be written for nothing
+                callbacks=[ModelCheckpoint(save_top_k=0)],  # nobody needs a checkpoint per job
             )
             fit_start = time.time()
             engine.fit(model=model, datamodule=datamodule)
@@ -191,7 +191,7 @@ class BenchmarkJobGenerator(JobGenerator):
 
 
 class ResumingRunner(Runner):
-    """Runs the jobs whose results are not there yet, one after another, and keeps each result at once.
+    """Runs the jobs that have no results yet, one after another, and writes each result at once.
 
     Args:
         generator (BenchmarkJobGenerator): Makes the jobs.
@@ -267,7 +267,7 @@ class Benchmark(Pipeline):
 
         Raises:
             RuntimeError: If jobs failed.
-            ValueError: If the config is none, or what it says cannot be run.
+            ValueError: If the config is invalid, or what it says cannot be run.
         """
         args = args or self.get_parser().parse_args()
         config = self._get_args(args)
@@ -296,7 +296,7 @@ class Benchmark(Pipeline):
 
 
 def expand(block: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Go through all combinations of a block's grids, those inside entries of other grids too.
+    """Go through all combinations of a block's grids, nested ones too.
 
     Args:
         block (dict[str, Any]): ``seed``, ``model`` and ``data``, each with or without grids.
@@ -327,7 +327,7 @@ def expand(block: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def training_config(config: dict[str, Any]) -> dict[str, Any] | None:
-    """What SPG's guides depend on.
+    """The part of a config that SPG's guides depend on.
 
     Args:
         config (dict[str, Any]): A job's ``seed``, ``model`` and ``data``.
@@ -360,7 +360,7 @@ def names(jobs: list[BenchmarkJob]) -> list[str]:
 
 
 def _log_to(path: Path) -> None:
-    """Send what is logged to a file; anomalib's own redirect_logs writes every line several times."""
+    """Log to a file; anomalib's own redirect_logs writes every line several times."""
     path.parent.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(
         filename=path, level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", force=True
@@ -375,7 +375,7 @@ def _digest(value: Any) -> str:  # noqa: ANN401
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of the results, everything as it is written: ragged columns would turn numbers into other ones."""
+    """Rows of the results as text: pandas would change the numbers of columns with gaps."""
     if not path.exists():
         return []
     rows = pd.read_csv(path, dtype=str, keep_default_na=False)

@@ -24,7 +24,7 @@ METRICS = {
     "pixel_AUPRO": "pixel AUPRO",
 }
 _SEEDS = ("seed", "model.init_args.seed", "data.init_args.seed")
-# Settings that tell no method from another: what is tested, where it lies, how it is read.
+# Settings that do not define a method: what is tested on, where it lies, how it is read.
 _NO_METHOD = {"class_path", "category", "target", "root", "eval_batch_size", "num_workers", "seed"}
 _NONE = "\u2013"
 
@@ -46,7 +46,7 @@ def read_results(*paths: str | Path) -> pd.DataFrame:
 
     Returns:
         pd.DataFrame: Columns ``dataset``, ``category``, ``method``, ``seed`` and the metrics, as shares of 1. Where the
-            same method, category and seed occur more than once, the last one.
+            same method, category and seed occur more than once, the last row counts.
 
     Raises:
         ValueError: If a file does not exist, is no result of a benchmark, or holds none of the metrics.
@@ -76,7 +76,7 @@ def read_results(*paths: str | Path) -> pd.DataFrame:
 
 
 def identify(frame: pd.DataFrame) -> pd.DataFrame:
-    """Name what was tested on what in every row of a benchmark.
+    """Name dataset, category, method and seed of every row of a benchmark.
 
     Args:
         frame (pd.DataFrame): Settings as texts in columns like ``model.init_args.k_shot``; empty where there is none.

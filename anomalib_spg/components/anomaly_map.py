@@ -10,7 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 
 
 def to_pixels(patch_map: torch.Tensor, patch_size: int, image_size: tuple[int, int]) -> torch.Tensor:
-    """Upsample a map over patches bilinearly to the pixels the patches cover, and cut off what was padded.
+    """Upsample a map over patches bilinearly to pixels, and crop the padding.
 
     Args:
         patch_map (torch.Tensor): Map ``(B, h, w)``.
@@ -59,7 +59,7 @@ class AnomalyMapGenerator(nn.Module):
         return (rows @ patch_map @ columns.T)[:, None].clamp(0, 1)
 
     def patch_weights(self, pixel_weights: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Turn a weighted sum of the map's pixels into the same sum of the patches, which is exact.
+        """Turn weights of the map's pixels into weights of the patches that give exactly the same weighted sum.
 
         Args:
             pixel_weights (torch.Tensor): Weights of the pixels ``(B, H, W)``.
@@ -80,10 +80,10 @@ class AnomalyMapGenerator(nn.Module):
         return rows.T @ pixel_weights @ columns
 
     def _pixels_of_patches(self, patch_map: torch.Tensor, image_size: tuple[int, int]) -> list[torch.Tensor]:
-        """What upsampling and smoothing do to the rows ``(H, h)`` and to the columns ``(W, w)``.
+        """Matrices that upsample and smooth the rows ``(H, h)`` and the columns ``(W, w)``.
 
-        Both steps are linear and act on rows and columns apart. What they do to one row, found on unit vectors, is a
-        small matrix; two products with it cost a hundredth of smoothing the pixels themselves.
+        Both steps are linear and separable, so applying them to unit vectors gives one small matrix per axis. Two
+        matrix products cost a hundredth of smoothing the pixels themselves.
         """
         matrices = []
         for count, size in zip(patch_map.shape[-2:], image_size, strict=True):

@@ -45,11 +45,11 @@ def is_clip(name: str) -> bool:
 
 
 class Tokens(NamedTuple):
-    """What a backbone gives for a batch of images; one list entry per layer.
+    """Output of a backbone for a batch of images; one list entry per layer.
 
     Attributes:
-        patches (list[torch.Tensor]): Patch tokens after the final norm (and the visual projection for CLIP), or as
-            the blocks give them with ``norm=False``, each ``(B, N, D)`` with ``N = h * w`` in row-major order.
+        patches (list[torch.Tensor]): Patch tokens after the final norm (and the visual projection for CLIP), or the raw
+            output of the blocks with ``norm=False``, each ``(B, N, D)`` with ``N = h * w`` in row-major order.
         pooled (list[torch.Tensor]): One token per image, each ``(B, D)``: the attention-pooled token where the ViT
             has attention pooling (SigLIP), else the class token, else the mean of the patch tokens. Empty with
             ``norm=False``.
@@ -77,10 +77,10 @@ class Backbone(nn.Module):
         image_size (tuple[int, int] | None): Height and width the position grid is laid out for. Other sizes work
             too, at the cost of resampling the grid in every forward pass. ``None`` is the size the weights were
             trained with.
-        norm (bool): Give tokens after the final norm (and projection). ``False`` gives them as the blocks do.
+        norm (bool): Give tokens after the final norm (and projection). ``False`` gives the raw output of the blocks.
 
     Attributes:
-        has_weights (bool): Whether the weights are there, fetched or restored.
+        has_weights (bool): Whether the weights have been fetched or restored.
 
     Raises:
         ValueError: If the name is not a timm model, has no patch tokens, or lacks a layer.
@@ -112,7 +112,7 @@ class Backbone(nn.Module):
         self.weights = weights
         self.norm = norm
         # CLIP's tokens live in the joint space of its visual projection, which timm calls the head. Everywhere else,
-        # and in CLIP towers fine-tuned for classification, the head is a classifier that has no business here.
+        # and in CLIP towers fine-tuned for classification, the head is a classifier and left out.
         self.project = is_clip(name)
         self.vit_arguments: dict[str, Any] = {"dynamic_img_size": True}
         if not self.project:
@@ -142,7 +142,7 @@ class Backbone(nn.Module):
         self.register_load_state_dict_pre_hook(_mark_loaded)
 
     def load_weights(self) -> None:
-        """Load the weights if they have not been yet. Called by itself when they are first needed.
+        """Load the weights unless they are loaded. Called automatically when they are first needed.
 
         Raises:
             ValueError: If the local file does not fit; the message names missing and unexpected keys.
@@ -166,7 +166,7 @@ class Backbone(nn.Module):
         self.has_weights = True
 
     def load_state(self, state: dict[str, Any], source: str | Path) -> None:
-        """Load weights strictly; timm's own loader would let missing keys pass where the head is left out.
+        """Load weights strictly; timm's own loader ignores missing keys where the head is left out.
 
         Args:
             state (dict[str, Any]): State dict in timm's naming, or one timm converts to it (OpenCLIP, DINOv2).
@@ -188,7 +188,7 @@ class Backbone(nn.Module):
         self.has_weights = True
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickling (export to torch, spawned workers) takes the weights along."""
+        """Include the weights when pickling (export to torch, spawned workers)."""
         self.load_weights()
         return self.__dict__.copy()
 
@@ -198,7 +198,7 @@ class Backbone(nn.Module):
         return super().train(mode=False)
 
     def forward(self, images: torch.Tensor) -> Tokens:
-        """Compute tokens; sizes that are no multiple of the patch are reflected at the bottom and right edge.
+        """Compute tokens; images that are no multiple of the patch size are padded by reflection at bottom and right.
 
         Args:
             images (torch.Tensor): Normalised images ``(B, 3, H, W)``, or grey ones ``(B, 1, H, W)``.
@@ -222,7 +222,7 @@ class Backbone(nn.Module):
                 indices=self.layers,
                 return_prefix_tokens=self.vit.num_prefix_tokens > 0,
                 norm=self.norm,
-                stop_early=True,  # blocks behind the last wanted one cost time and give nothing
+                stop_early=True,  # skip the blocks after the last one asked for
                 output_fmt="NLC",
                 intermediates_only=True,
             )
@@ -246,7 +246,7 @@ class Backbone(nn.Module):
         """Apply final norm (and CLIP's visual projection) to raw tokens.
 
         Args:
-            patches (torch.Tensor): Tokens ``(B, N, D)`` got with ``norm=False``.
+            patches (torch.Tensor): Tokens ``(B, N, D)`` from ``norm=False``.
 
         Returns:
             torch.Tensor: Tokens as ``norm=True`` gives them.
@@ -306,7 +306,7 @@ def pretrained_config(name: str) -> dict[str, Any]:
 
 
 def num_blocks(name: str) -> int:
-    """Get the depth of a timm ViT without spending memory on it.
+    """Get the depth of a timm ViT without allocating its weights.
 
     Args:
         name (str): timm model name.
@@ -325,7 +325,7 @@ def num_blocks(name: str) -> int:
 
 
 def _meta_vit(name: str) -> Any:  # noqa: ANN401  # timm's ViTs share no class
-    """A timm ViT without memory for its weights; refuses what is no plain ViT."""
+    """Build a timm ViT without allocating its weights; refuse other architectures."""
     pretrained_config(name)
     with torch.device("meta"):
         model = timm.create_model(name, pretrained=False)
@@ -336,11 +336,11 @@ def _meta_vit(name: str) -> Any:  # noqa: ANN401  # timm's ViTs share no class
 
 
 def _fetch_weights(module: Backbone, *_: Any) -> None:
-    """Saving needs the weights. A function of the module, not a lambda: hooks are pickled along."""
+    """Fetch the weights before saving. Not a lambda, because hooks are pickled with the module."""
     module.load_weights()
 
 
 def _mark_loaded(module: Backbone, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Weights that come with a checkpoint make fetching them needless."""
+    """Do not fetch the weights if a checkpoint brings them."""
     if any(key.startswith(f"{prefix}vit.") for key in state_dict):
         module.has_weights = True

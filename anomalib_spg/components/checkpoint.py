@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Refuse the checkpoint of another model, whose tensors might even fit."""
+"""Refuse the checkpoint of another model, even one whose tensors would fit."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ def check_identity(checkpoint: dict[str, Any], identity: dict[str, Any]) -> None
 
     Args:
         checkpoint (dict[str, Any]): Lightning checkpoint.
-        identity (dict[str, Any]): Arguments that must agree, by name. One the checkpoint does not hold is let pass.
+        identity (dict[str, Any]): Arguments that must agree, by name. One missing from the checkpoint is not compared.
 
     Raises:
         ValueError: If one differs; the message names it and both values.

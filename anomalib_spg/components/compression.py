@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""INT8 for the backbone only, so that compressing an exported model does not lose what it tells apart."""
+"""INT8 for the backbone only: quantising the head too would make all scores equal."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -20,11 +20,10 @@ else:
 class CompressBackboneOnly(_Base):
     """Mixin of an anomalib model whose ``model.backbone`` is a :class:`Backbone`; goes before ``AnomalibModule``.
 
-    anomalib calls NNCF without a word about the model: every operation is rounded to 256 levels as if it belonged to a
-    convolutional network. That turns all scores into one, since a head tells patches apart by small differences of
-    distances or cosines, and a transformer has channels far above the others. Here NNCF is told that the model is a
-    transformer, and to leave the head, a small share of the time, as it is. Concerns ``INT8``, ``INT8_PTQ`` and
-    ``INT8_ACQ``.
+    anomalib tells NNCF nothing about the model, so every operation is quantised to 256 levels as in a convolutional
+    network. All scores then become equal: the head distinguishes patches by small differences of distances or cosines,
+    and a transformer has outlier channels. Here NNCF is told that the model is a transformer, and the head, a small
+    share of the run time, is not quantised. Applies to ``INT8``, ``INT8_PTQ`` and ``INT8_ACQ``.
     """
 
     model: Any
@@ -56,10 +55,10 @@ def head_operations(model: "Model", backbone: Backbone) -> list[str]:
 
     Args:
         model (openvino.Model): Graph.
-        backbone (Backbone): Backbone in it. Its parameters have lost their names there, not their shapes.
+        backbone (Backbone): Its backbone. In the graph the parameters have lost their names, not their shapes.
 
     Returns:
-        list[str]: Operations that the last product with a weight of the last block does not depend on.
+        list[str]: Operations that the last block's last product with a weight does not depend on.
     """
     parameters = backbone.vit.blocks[backbone.layers[-1]].parameters()
     weights = {frozenset(parameter.shape) for parameter in parameters if parameter.ndim == 2}

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Files that are written whole or not at all, and safetensors files with a header."""
+"""Atomic writing of files, and safetensors files with a header."""
 
 import os
 from collections.abc import Generator, Mapping
@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 
 @contextmanager
 def atomic_write(path: str | Path) -> Generator[Path, None, None]:
-    """Write a file under another name, and give it its own once it is complete.
+    """Write to a temporary file that replaces ``path`` once it is complete.
 
-    Whatever goes wrong, a file of that name from before stays as it was, and nothing half-written is left.
+    If anything fails, an existing file is left unchanged and no partial file remains.
 
     Args:
-        path (str | Path): File to write; its folder is made.
+        path (str | Path): File to write; its folder is created.
 
     Yields:
         Path: Where to write.
@@ -42,17 +42,17 @@ def atomic_write(path: str | Path) -> Generator[Path, None, None]:
         yield temporary
         temporary.replace(path)
     finally:
-        with suppress(OSError):  # the error that brought us here says more
+        with suppress(OSError):  # the original error says more
             temporary.unlink(missing_ok=True)
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], header: dict[str, str]) -> None:
-    """Write a safetensors file, whole or not at all.
+    """Write a safetensors file atomically.
 
     Args:
-        path (str | Path): File to write; its folder is made.
+        path (str | Path): File to write; its folder is created.
         tensors (Mapping[str, torch.Tensor]): Tensors on any device.
-        header (dict[str, str]): Texts to store beside them.
+        header (dict[str, str]): Texts for the file's header.
 
     Raises:
         OSError: If it cannot be written.
@@ -71,7 +71,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
         path (str | Path): File.
 
     Returns:
-        tuple[dict[str, torch.Tensor], dict[str, str]]: Tensors, and the texts stored beside them.
+        tuple[dict[str, torch.Tensor], dict[str, str]]: Tensors, and the texts of the header.
 
     Raises:
         OSError: If there is no such file or it is damaged.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the Lightning files of both models have in common."""
+"""What both Lightning models share."""
 
 import copy
 import logging
@@ -49,7 +49,7 @@ class FrozenBackboneMixin(CompressBackboneOnly):
 
     @staticmethod
     def resolve_image_size(image_size: int | Sequence[int] | None, backbone: str) -> tuple[int, int]:
-        """Bring the argument ``image_size`` to height and width.
+        """Turn the argument ``image_size`` into height and width.
 
         Args:
             image_size (int | Sequence[int] | None): Side of a square, height and width, or ``None`` for the backbone's
@@ -115,7 +115,7 @@ class FrozenBackboneMixin(CompressBackboneOnly):
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
-        """Configure the default evaluator: anomalib's metrics, and average precision and AUPRO beside them."""
+        """Configure the default evaluator: anomalib's metrics, plus average precision and AUPRO."""
         return default_evaluator()
 
     def configure_callbacks(self) -> Sequence[Callback]:
@@ -130,7 +130,7 @@ class FrozenBackboneMixin(CompressBackboneOnly):
 
     @staticmethod
     def configure_optimizers() -> None:
-        """Return no optimiser: what is learned is learned from stored tokens, after the pass over the images."""
+        """Return no optimiser: learning uses stored tokens, after the pass over the images."""
         return
 
     def to_openvino(self, *args: Any, **kwargs: Any) -> Path:
@@ -216,13 +216,13 @@ class FrozenBackboneMixin(CompressBackboneOnly):
         """Restore component configuration, and refuse the checkpoint of another model.
 
         Raises:
-            ValueError: If an argument that decides what the tensors mean differs.
+            ValueError: If an argument that determines the meaning of the tensors differs.
         """
         super().on_load_checkpoint(checkpoint)
         check_identity(checkpoint, self.identity())
 
     def identity(self) -> dict[str, Any]:
-        """Arguments that decide what a checkpoint's tensors mean.
+        """Arguments that determine the meaning of a checkpoint's tensors.
 
         Returns:
             dict[str, Any]: Plain data by argument name.

@@ -8,7 +8,7 @@ from PIL import Image
 
 
 class NameUnreadableImages(Callback):
-    """When a run dies on an image that cannot be decoded, say which one.
+    """When a run fails on an image that cannot be decoded, say which one.
 
     PIL's message about a truncated file does not name it. The search runs only after the failure.
     """
@@ -19,7 +19,7 @@ class NameUnreadableImages(Callback):
         pl_module: LightningModule,
         exception: BaseException,
     ) -> None:
-        """Look for the culprit among the images of all datasets.
+        """Find the unreadable images of all datasets.
 
         Raises:
             ValueError: If images cannot be decoded; the message names them.
@@ -29,7 +29,7 @@ class NameUnreadableImages(Callback):
             return
         datamodule = getattr(trainer, "datamodule", None)
         subsets = [getattr(datamodule, f"{name}_data", None) for name in ("train", "val", "test")]
-        subsets.append(getattr(trainer.train_dataloader, "dataset", None))  # LAKE's normal images may be from elsewhere
+        subsets.append(getattr(trainer.train_dataloader, "dataset", None))  # LAKE may draw its images from a folder
         paths = {path for subset in subsets if subset is not None for path in _image_paths(subset)}
         broken = [str(path) for path in sorted(paths) if not _is_readable(path)]
         if broken:

@@ -55,11 +55,11 @@ def plot_usage(records: Sequence[Mapping], rate: float = 0.1, atoms: int = 30) -
 
     Args:
         records (Sequence[Mapping]): Records of images, see :func:`atom_usage` for them and for the rule.
-        rate (float): Share of a category's rejected images from which an atom is used there. Defaults to 0.1.
-        atoms (int): Most atoms to show. Defaults to 30.
+        rate (float): Share of a category's rejected images an atom must explain to be used there. Defaults to 0.1.
+        atoms (int): Maximum number of atoms to show. Defaults to 30.
 
     Returns:
-        Figure: Categories against atoms; the line parts general from specific ones.
+        Figure: Categories against atoms; the line separates general from specific ones.
 
     Example:
         >>> part = {"block": 5, "unit": 17}
@@ -100,7 +100,7 @@ def neuron_overlap(products: Mapping[str, Mapping[int, Sequence[int]]]) -> np.nd
         products (Mapping[str, Mapping[int, Sequence[int]]]): For every product the chosen channels by block.
 
     Returns:
-        np.ndarray: Share of the first product's neurons that the second one has, too; ``(P, P)``.
+        np.ndarray: Share of the first product's neurons that are also the second one's, ``(P, P)``.
 
     Example:
         >>> neuron_overlap({"nut": {5: [1, 2]}, "bolt": {5: [2, 3]}}).tolist()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Training images kept for explanations, and where in them the atoms fire most."""
+"""Training images kept for explanations, and the atoms' max-activating patches in them."""
 
 import io
 import logging
@@ -20,7 +20,7 @@ FILE_FORMAT = "anomalib_spg.explanations.examples"
 
 
 def to_picture(image: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Undo the normalisation of an image.
+    """Denormalise an image.
 
     Args:
         image (torch.Tensor): Normalised image ``(3, H, W)``, or a grey one ``(1, H, W)``.
@@ -40,20 +40,20 @@ def to_picture(image: torch.Tensor, mean: Sequence[float], std: Sequence[float])
 
 
 class Examples:
-    """A bounded choice of the training images, as JPEG, and the patches in them where each atom fires most.
+    """A bounded random sample of the training images, as JPEG, and each atom's max-activating patches in them.
 
-    Every image that passes has the same chance to be kept; a run that goes on after an interruption keeps none from
-    before it. The choice has a random generator of its own, so that keeping images changes nothing of what is learned.
+    Every image has the same chance to be kept; a resumed run keeps none from before the interruption. The sample has
+    its own random generator, so that keeping images does not change what is learned.
 
     Args:
-        limit (int): Most images to keep. Defaults to 256 (ours), about 15 MB.
+        limit (int): Maximum number of images. Defaults to 256 (ours), about 15 MB.
         patch_size (int): Side of a patch in pixels.
 
     Attributes:
         images (dict[int, bytes]): JPEG files by the number of the image, in the order of training.
         grid (tuple[int, int]): Rows and columns of patches.
-        patches (dict[tuple[int, int], list[tuple[int, int]]]): For a block and an atom, the images and the patches in
-            them where it fires most, the highest first.
+        patches (dict[tuple[int, int], list[tuple[int, int]]]): For a block and an atom, images and the
+            max-activating patches in them, the highest first.
 
     Example:
         >>> examples = Examples(patch_size=8)
@@ -80,14 +80,14 @@ class Examples:
         start: int | None = None,
         names: Sequence[str] | None = None,
     ) -> None:
-        """Keep some of a batch.
+        """Sample from a batch.
 
         Args:
             images (torch.Tensor): Normalised images ``(B, 3, H, W)``.
             mean (Sequence[float]): Mean of each channel.
             std (Sequence[float]): Standard deviation of each channel.
-            start (int | None): Number of the first image. ``None`` counts on.
-            names (Sequence[str] | None): Names of the images; what follows the last ``#`` tells views of one apart.
+            start (int | None): Number of the first image. ``None`` continues the count.
+            names (Sequence[str] | None): Names of the images; what follows the last ``#`` numbers views of one image.
         """
         start = self._seen if start is None else start
         self.grid = (-(-images.shape[-2] // self.patch_size), -(-images.shape[-1] // self.patch_size))
@@ -120,7 +120,7 @@ class Examples:
             atoms (torch.Tensor): Unit-norm atoms ``(n, D)``.
             atom_indices (torch.Tensor): Their rows in the dictionary ``(n,)``.
             patches (Sequence[torch.Tensor]): Patch tokens ``(N, D)`` of every training image.
-            count (int): Examples per atom, each of another image, not only of another view. Defaults to 4.
+            count (int): Examples per atom, each from another image, not just another view. Defaults to 4.
         """
         numbers = sorted(self.images)
         if not numbers or not len(atoms):
@@ -147,7 +147,7 @@ class Examples:
         Args:
             number (int): Number of the image.
             patch (int): Number of the patch in it.
-            window (int): Side of the cut in patches, odd; it is moved where it would leave the image. Defaults to 5.
+            window (int): Side of the cut in patches, odd; shifted to stay inside the image. Defaults to 5.
             outline (int): Side of the outlined square around the patch, in patches, odd. Defaults to 1, the patch.
 
         Returns:
@@ -174,13 +174,13 @@ class Examples:
         return [cut for cut in cuts if cut is not None]
 
     def save(self, path: str | Path) -> Path | None:
-        """Write what explanations can use to a safetensors file: for atoms, only the images their patches are in.
+        """Write a safetensors file of what explanations can use: with atoms, only the images of their patches.
 
         Args:
-            path (str | Path): File; folders are made.
+            path (str | Path): File; folders are created.
 
         Returns:
-            Path | None: The file; ``None``, with a warning, if it cannot be written: pictures are not worth a run.
+            Path | None: The file; ``None``, with a warning, if it cannot be written: that must not fail the run.
         """
         path = Path(path)
         used = {number for places in self.patches.values() for number, _ in places} if self.patches else self.images
@@ -231,7 +231,7 @@ class Examples:
 
 
 def patch_box(place: tuple[int, int], grid: tuple[int, int], patch_size: int, window: int) -> tuple[int, int, int]:
-    """Square around a patch, moved where it would leave the grid.
+    """Square around a patch, shifted to stay inside the grid.
 
     Args:
         place (tuple[int, int]): Row and column of the patch.
@@ -266,7 +266,7 @@ def crop(
         place (tuple[int, int]): Row and column of the patch.
         grid (tuple[int, int]): Rows and columns of patches.
         patch_size (int): Side of a patch in pixels.
-        window (int): Side of the cut in patches, odd; it is moved where it would leave the picture.
+        window (int): Side of the cut in patches, odd; shifted to stay inside the picture.
         outline (int): Side of the outlined square around the patch, in patches, odd. Defaults to 1, the patch.
 
     Returns:
@@ -278,7 +278,7 @@ def crop(
     """
     top, left, side = patch_box(place, grid, patch_size, window)
     short = [size * patch_size - length for size, length in zip(grid, picture.shape, strict=False)]
-    outlined = Image.fromarray(np.pad(picture, ((0, short[0]), (0, short[1]), (0, 0)), mode="edge"))  # as the backbone
+    outlined = Image.fromarray(np.pad(picture, ((0, short[0]), (0, short[1]), (0, 0)), mode="edge"))  # whole patches
     y, x, length = patch_box(place, grid, patch_size, outline)
     ImageDraw.Draw(outlined).rectangle((x, y, x + length - 1, y + length - 1), outline=(255, 210, 0))
     return np.asarray(outlined)[top : top + side, left : left + side]

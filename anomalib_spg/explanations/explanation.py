@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What an explanation is: the score of an image, split exactly into the parts that made it."""
+"""What an explanation is: the score of an image, split exactly into contributions of parts."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -22,14 +22,14 @@ class Explanation:
     Attributes:
         unit (str): What the parts are: ``"atom"``, ``"neuron"``, or ``"component"`` of neurons.
         score (float): Raw score of the image, in [0, 1].
-        base (float): What is left of it without any part.
+        base (float): Score without any part.
         blocks (torch.Tensor): 0-based block each part belongs to ``(n,)``.
         units (torch.Tensor): Atom (row of the block's dictionary) or neuron (channel) of each part ``(n,)``.
-        contributions (torch.Tensor): What each part adds to the score, negative ones too ``(n,)``.
+        contributions (torch.Tensor): What each part adds to the score, which may be negative ``(n,)``.
         maps (torch.Tensor): What each part adds to the patches of the anomaly map, before smoothing ``(n, h, w)``.
         anomaly_map (torch.Tensor): The anomaly map ``(H, W)``, in [0, 1].
-        peak (tuple[int, int]): Row and column of the patch the score comes from most.
-        other (dict[str, float]): What the score owes to anything but the parts, by name.
+        peak (tuple[int, int]): Row and column of the patch that contributes most to the score.
+        other (dict[str, float]): What anything but the parts adds to the score, by name.
         opposed (torch.Tensor | None): Atoms that push to normal and add to the score because the image points away from
             them ``(n,)`` (SPG, where only the map makes the score).
         nearest (tuple[int, int, int] | None): Number of the normal image the peak was compared with, number of the
@@ -51,17 +51,17 @@ class Explanation:
 
     @property
     def shares(self) -> torch.Tensor:
-        """Share of each part in all that speaks for an anomaly ``(n,)``; 0 for parts that speak against."""
+        """Share of each part in all positive contributions ``(n,)``; 0 for parts with a negative one."""
         for_anomaly = self.contributions.clamp(min=0)
         return for_anomaly / (for_anomaly.sum() + sum(max(0.0, value) for value in self.other.values())).clamp(
             min=1e-12
         )
 
     def top(self, count: int = 5) -> list[int]:
-        """Indices of the parts that add most, the largest first; only parts that speak for an anomaly.
+        """Indices of the parts that add most, the largest first; only parts with a positive contribution.
 
         Args:
-            count (int): At most so many. Defaults to 5.
+            count (int): Maximum number of parts. Defaults to 5.
 
         Returns:
             list[int]: Indices into the parts.
@@ -72,19 +72,19 @@ class Explanation:
 
 @runtime_checkable
 class ExplainableModel(Protocol):
-    """What :class:`ExplanationVisualizer` asks of a Lightning model.
+    """What :class:`ExplanationVisualizer` needs from a Lightning model.
 
     Attributes:
-        examples (Examples | None): Where the model keeps training images while it is fitted, if it is asked to.
+        examples (Examples | None): Where the model keeps training images while it is fitted, if set.
     """
 
     examples: "Examples | None"
 
     def explain(self, images: torch.Tensor, tokens: Tokens | None = None) -> list[Explanation]:
-        """Split the scores of normalised images ``(B, 3, H, W)``, from their tokens where those are at hand."""
+        """Split the scores of normalised images ``(B, 3, H, W)``, from their tokens if given."""
 
     def figures(self, examples: "Examples | None" = None) -> "dict[str, tuple[str, Figure]]":
-        """Draw the model: by a name fit for a file, titles and figures."""
+        """Draw the model: titles and figures by file name."""
 
     def chosen_neurons(self) -> dict[int, list[int]]:
         """Neurons the model compares, by block; empty where it has none."""

@@ -83,9 +83,9 @@ def plot_explanation(
 ) -> Figure:
     """Show why an image has its score.
 
-    On the left the image and its heatmap, with a square around the patch that decides. Beside them the parts that add
-    most: where in the image they do, and for atoms the training patches they stand for. For LAKE the deciding patch and
-    the nearest normal one. Below the sum that makes the score.
+    Left: the image and its heatmap, with a square around the deciding patch. Middle: the parts that add most, and where
+    in the image. Right: for atoms their max-activating training patches, for LAKE the deciding patch and the nearest
+    normal one. Below: the sum that makes the score.
 
     Args:
         explanation (Explanation): What :meth:`SPG.explain` or :meth:`LAKE.explain` returns.
@@ -140,7 +140,7 @@ def plot_explanation(
         name = f"{explanation.unit} {int(explanation.units[part])}\nof block {int(explanation.blocks[part])}"
         opposed = explanation.opposed is not None and bool(explanation.opposed[part])
         share = f"adds {float(explanation.contributions[part]):.3f},\n{float(shares[part]):.0%} of all that adds"
-        share += "\nfor the image\npoints away from it" if opposed else ""
+        share += "\nbecause the image\npoints away from it" if opposed else ""
         axes = figure.add_subplot(rows[row, 0])
         axes.axis("off")
         axes.text(0, 0.72, name, fontsize=9, va="center", fontweight="bold", color=FOR)
@@ -148,7 +148,7 @@ def plot_explanation(
         show(figure.add_subplot(rows[row, 1]), overlay(picture, explanation.maps[part], patch_size, maximum), "")
         if cuts[row]:
             axes = figure.add_subplot(strips[row])
-            show(axes, strip(cuts[row]), "training patches it fires on most" if row == 0 else "")
+            show(axes, strip(cuts[row]), "max-activating training patches" if row == 0 else "")
     if nearest is not None:
         pair = right.subgridspec(2, 1)
         own = crop(picture, explanation.peak, grid, patch_size, max(CUT, compared + 2), outline=compared)
@@ -160,7 +160,7 @@ def plot_explanation(
 
 
 def decision(score: float, threshold: float | None = None, rejected: bool | None = None) -> str:
-    """Say decision, score and threshold in a line.
+    """State decision, score and threshold in a line.
 
     Args:
         score (float): Raw score.
@@ -187,7 +187,7 @@ def sentence(explanation: Explanation, top: Sequence[int]) -> str:
 
     Args:
         explanation (Explanation): Explanation.
-        top (Sequence[int]): Parts to name; the others are put together.
+        top (Sequence[int]): Parts to name; the others are summed.
 
     Returns:
         str: Sum.

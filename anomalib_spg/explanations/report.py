@@ -2,7 +2,7 @@
 
 """One HTML page over explained images, from one run or many: ``python -m anomalib_spg.explanations.report results``.
 
-It opens without internet: styles, scripts and records are inside, pictures are files beside it.
+It works offline: styles, scripts and records are embedded, pictures are files beside it.
 """
 
 import argparse
@@ -18,6 +18,9 @@ from .categories import plot_overlap, plot_usage
 logger = logging.getLogger(__name__)
 
 RECORDS = "explanations.json"
+# What the page needs.
+OF_RUN = {"model", "category", "figures", "learned", "neurons", "images"}
+OF_IMAGE = {"category", "name", "score", "threshold", "rejected", "unit", "picture", "thumbnail", "parts"}
 
 
 def read_runs(folder: str | Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -43,18 +46,24 @@ def read_runs(folder: str | Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    remedy = "Run `anomalib test` again to write them anew."
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exception:
-        msg = f"Cannot read the explanations in '{path}': {exception}. Run `anomalib test` again to write them anew."
+        run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        whole = set(run) >= OF_RUN and all(set(image) >= OF_IMAGE for image in run["images"])
+    except (OSError, ValueError, TypeError) as exception:
+        msg = f"Cannot read the explanations in '{path}': {exception}. {remedy}"
         raise ValueError(msg) from exception
+    if not whole:
+        msg = f"The explanations in '{path}' are of another version or damaged: records lack fields. {remedy}"
+        raise ValueError(msg)
+    return run
 
 
 def write_report(folder: str | Path, name: str = "index.html") -> Path:
     """Write the page over all runs below a folder.
 
-    Of several versions of one results folder the newest counts. Where several categories are explained by atoms or by
-    neurons, a figure shows what they have in common.
+    Of several versions of a results folder only the newest is used. Where several categories are explained by atoms or
+    by neurons, a figure shows what they have in common.
 
     Args:
         folder (str | Path): Folder with runs, or one run's folder ``explanations``.

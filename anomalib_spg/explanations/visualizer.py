@@ -46,14 +46,14 @@ class ExplanationVisualizer(ImageVisualizer):
     per explained image, pictures of the model, ``explanations.json``, and the page ``index.html``, which opens without
     internet. Pictures that an earlier run left there are removed.
 
-    Explanations need no second pass through the backbone: a hook keeps the tokens of the batch at hand. During training
-    it keeps up to 256 images as JPEG, finds in them where each atom fires most (SPG) or keeps them as the normal images
-    to compare with (LAKE), and leaves them as ``weights/examples.safetensors``. Without that file explanations lack
-    these pictures only.
+    Explanations need no second pass through the backbone: a forward hook keeps the tokens of the current batch. During
+    training the visualizer keeps up to 256 images as JPEG, with each atom's max-activating patches (SPG) or as the
+    normal images to compare with (LAKE), and saves them as ``weights/examples.safetensors``. Without that file only
+    these pictures are missing.
 
     Args:
-        explain (str): Explain the ``"rejected"`` images or ``"all"``. Where there is no threshold, all. Defaults to
-            ``"rejected"``.
+        explain (str): Explain the ``"rejected"`` images or ``"all"``. Without a threshold all are explained. Defaults
+            to ``"rejected"``.
         parts (int): Atoms or neurons to show. Defaults to 5.
         examples (str | Path | None): Examples file. ``None`` takes what this training kept, or looks beside the
             checkpoint or the guides file. Defaults to ``None``.
@@ -93,11 +93,11 @@ class ExplanationVisualizer(ImageVisualizer):
         self._records: list[dict[str, Any]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the training images and what belongs to one run out of an exported model."""
+        """Keep training images and the state of a run out of an exported model."""
         return {**self.__dict__, "_examples": None, "_hook": None, "_tokens": None, "_records": []}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work before it takes time.
+        """Refuse unsuitable models and files before the run starts.
 
         Raises:
             TypeError: If the model is neither SPG nor LAKE.
@@ -115,14 +115,14 @@ class ExplanationVisualizer(ImageVisualizer):
 
     @staticmethod
     def on_fit_start(trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep training images from now on."""
+        """Start to keep training images."""
         del trainer
         model = cast("_Model", pl_module)
         if getattr(model, "guides_file", None) is None:  # else nothing is learned
             model.examples = Examples(patch_size=model.model.backbone.patch_size)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the kept images beside the guides, and take them from the model, which may be exported."""
+        """Save the kept images beside the guides, and remove them from the model, which may be exported."""
         model = cast("_Model", pl_module)
         examples, model.examples = model.examples, None
         if examples is None or not examples.images:
@@ -133,9 +133,9 @@ class ExplanationVisualizer(ImageVisualizer):
             self._examples = examples
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen to the backbone, find the examples, and make room for the pictures."""
+        """Hook the backbone, find the examples, and prepare the folders."""
         name = "explanations" if trainer.testing else "explanations_of_predictions"
-        # anomalib gives each process a results folder; all write to the first one's
+        # anomalib gives each process its own results folder; all write to that of rank 0
         self._folder = Path(trainer.strategy.broadcast(str(trainer.default_root_dir))) / name
         kinds = ("pictures", "thumbnails")
         if trainer.is_global_zero and (self._folder / RECORDS).is_file():  # else it may be a folder of the user's own
@@ -231,7 +231,7 @@ class ExplanationVisualizer(ImageVisualizer):
             title=decision(explanation.score, threshold, rejected),
             shown_map=shown_map,
         )
-        # Names of folders and files may be alike, or no part of an address.
+        # File names may be equal in two folders, or not valid in a URL.
         number = len(self._records) * trainer.world_size + trainer.global_rank
         file = f"{number:05}_{re.sub(r'[^A-Za-z0-9.-]', '_', source.stem)}.jpg"
         figure.savefig(self._folder / "pictures" / file, dpi=DPI, pil_kwargs={"quality": 85})
@@ -272,7 +272,7 @@ class ExplanationVisualizer(ImageVisualizer):
             torch.distributed.all_gather_object(of_processes, self._records)
         if not trainer.is_global_zero:
             return
-        # Where processes share the images unevenly, some are seen twice.
+        # Where the images do not divide evenly among the processes, some are seen twice.
         records = {record["path"]: record for records in of_processes for record in records}
         figures = {}
         model = cast("_Model", pl_module)
@@ -293,7 +293,7 @@ class ExplanationVisualizer(ImageVisualizer):
     on_predict_end = on_test_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stop listening to the backbone."""
+        """Remove the hook from the backbone."""
         del trainer, pl_module, exception
         self._release()
 
@@ -304,7 +304,7 @@ class ExplanationVisualizer(ImageVisualizer):
 
 
 def _category(trainer: Trainer) -> str | None:
-    """What the images show, if the datamodule says so."""
+    """What the images show, if the datamodule has a category or a name."""
     datamodule = getattr(trainer, "datamodule", None)
     category = getattr(datamodule, "category", None) or getattr(datamodule, "name", None)
     return None if category is None else _printable(str(category))
@@ -319,7 +319,7 @@ def _threshold(model: "_Model") -> float | None:
 
 
 def _shown_threshold(model: "_Model") -> float | None:
-    """The raw threshold where it is what decides: not with a changed sensitivity, nor without normalisation."""
+    """Raw threshold, if it decides: not with a changed sensitivity, nor without normalisation."""
     post_processor = model.post_processor
     if not isinstance(post_processor, PostProcessor) or not post_processor.enable_normalization:
         return None
@@ -327,12 +327,12 @@ def _shown_threshold(model: "_Model") -> float | None:
 
 
 def _printable(name: str) -> str:
-    """Replace what is no text in a file's name."""
+    """Replace characters of a file name that cannot be encoded."""
     return name.encode("utf-8", "replace").decode()
 
 
 def _digest(model: torch.nn.Module) -> str:
-    """Tell what was learned apart from what else was: atoms of different dictionaries have nothing in common."""
+    """Hash what was learned, to tell it apart: atoms of different dictionaries have nothing in common."""
     learned = [
         tensor.cpu().float().numpy().tobytes() for name, tensor in model.state_dict().items() if "backbone" not in name
     ]
