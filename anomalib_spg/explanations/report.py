@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 RECORDS = "explanations.json"
 # What the page needs.
-OF_RUN = {"model", "category", "figures", "learned", "neurons", "images"}
+OF_RUN = {"model", "category", "figures", "learned", "images"}
 OF_IMAGE = {"category", "name", "score", "threshold", "rejected", "unit", "picture", "thumbnail", "parts"}
 
 
