@@ -71,7 +71,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignor
         anomalous_prompts (Sequence[str] | None): Descriptions of anomalous ones. ``None`` takes WinCLIP's (ours).
         temperature (float): Softmax temperature of the semantic activation. Defaults to 0.07 (ours).
         sigma (float): Gaussian smoothing of the map in pixels; 0 for none. Defaults to 4 (ours).
-        false_alarm_rate (float | None): Share of good parts that may be rejected. ``None`` is 0.05 (ours), or what a
+        false_alarm_rate (float | None): Share of good parts that may be rejected. ``None`` is 0.08 (ours), or what a
             checkpoint was fitted with. Defaults to ``None``.
         pixel_false_alarm_rate (float | None): Share of the pixels of good parts that may exceed the pixel threshold.
             ``None`` is 0.001 (ours), or what a checkpoint was fitted with. Defaults to ``None``.

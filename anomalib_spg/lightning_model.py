@@ -85,7 +85,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
         tokens_dir (str | Path | None): Folder where they go when they need more. It is emptied once the guides are
             saved; if a run is interrupted, the same command goes on from what it left. ``None`` refuses instead.
             Defaults to ``"tokens"`` (ours).
-        false_alarm_rate (float | None): Share of good parts that may be rejected. ``None`` is 0.05 (ours), or what a
+        false_alarm_rate (float | None): Share of good parts that may be rejected. ``None`` is 0.08 (ours), or what a
             checkpoint was trained with. Defaults to ``None``.
         pixel_false_alarm_rate (float | None): Share of the pixels of good parts that may exceed the pixel threshold.
             ``None`` is 0.001 (ours), or what a checkpoint was trained with. Defaults to ``None``.

@@ -28,7 +28,7 @@ def alarms(distribution: str, count: int, rate: float, runs: int = 400, **argume
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-@pytest.mark.parametrize(("count", "rate"), [(39, 0.05), (99, 0.05), (300, 0.01), (30, 0.1)])
+@pytest.mark.parametrize(("count", "rate"), [(24, 0.08), (39, 0.05), (99, 0.05), (300, 0.01), (30, 0.1)])
 def test_the_rate_holds_whatever_the_distribution(distribution: str, count: int, rate: float) -> None:
     """With enough good parts new ones are rejected at most at the rate, on average over draws."""
     rates = alarms(distribution, count, rate)
@@ -62,10 +62,10 @@ def test_the_interval_covers_the_true_rate(count: int) -> None:
 
 
 def test_conformal_threshold_by_hand() -> None:
-    """Of 39 scores the 38th smallest, halfway to the largest; single images do not decide with fewer."""
+    """Of 39 scores the 38th smallest, a tenth of the way to the largest; single images do not decide with fewer."""
     scores = list(range(39))
     known = good_part_threshold(scores, 0.05)
-    assert (known.logit, known.rate, known.images, known.is_conformal) == (37.5, 0.05, 39, True)
+    assert (known.logit, known.rate, known.images, known.is_conformal) == (pytest.approx(37.1), 0.05, 39, True)
     assert not good_part_threshold(scores[:38], 0.05).is_conformal
 
 
