@@ -238,8 +238,8 @@ class GoodPartsPostProcessor(PostProcessor):
             good = [*self._scores["held_out"], *self._scores["good"]]
             words = (
                 f"Threshold {float(self.image_threshold):.3f}, moved by bad images: {sum(x > placed for x in good)} of "
-                f"{len(good)} held-out good images lie above it. The {known.images} good images alone would place it at "
-                f"{own:.3f}, to reject {expected}."
+                f"{len(good)} held-out good images lie above it. Good images alone would place it at {own:.3f}, to "
+                f"reject {expected}."
             )
         if not known.is_conformal:
             enough = math.ceil(2 / named - 1e-9) - 1
