@@ -18,16 +18,16 @@ places of the whole photograph (of textile: of a random one of 16 images). Hence
 
 ``n`` good images are all a user has. LAKE, PatchCore and AnomalyDINO compare with min(4, n) of them and place the
 threshold by the others (LAKE: by its own leave-one-out scores, too); SPG learns from anomalies drawn on three quarters
-of them, or on all below 8. The same draws for all; the thresholds are the post-processors' own.
+of them, or on all below 8; its views, three of each image, are drawn once for all draws. Thresholds are those of the
+post-processors. All methods see the same draws: LAKE five, SPG and the peers the first two (``--slow-draws``).
 
 Printed: share of the unseen good images that are rejected, mean and worst dataset; share of the bad ones that are
-accepted; F1, the best F1 that any threshold reaches on the very same scores, and the difference; share of a good part's
-pixels that are in its mask, of every fourth row and column; image AUROC. In percent, mean over datasets and draws ±
-standard deviation over the datasets' means.
+accepted; F1, the best F1 that any threshold reaches on the very same scores, the false alarms it takes there, and the
+gap to it; share of a good part's pixels that are in its mask, of every fourth row and column; image AUROC. In percent,
+mean over datasets and draws ± standard deviation over the datasets' means.
 
 DINOv2-S/14 at 448x448. Every image passes the backbone once; its tokens are kept in ``--cache``, and predictions below
-it, in a folder named by the source code of both models. ``--only`` computes those of some datasets, for several
-processes side by side.
+it, in a folder named by the source code of both models. ``--only`` takes some of the datasets.
 """
 
 import argparse
@@ -294,18 +294,19 @@ def placed(threshold: float) -> PostProcessor:
 
 
 def worth(post_processor: PostProcessor, predictions: InferenceBatch) -> list[float]:
-    """False alarms, misses, F1, the best F1, the gap, flagged pixels of good parts, AUROC."""
+    """False alarms, misses, F1, the best F1, the false alarms there, the gap, flagged pixels of good parts, AUROC."""
     tested = some(predictions, slice(COUNT, None))
     result = post_processor(tested)
     rejected = result.pred_label.flatten().bool().numpy()
     bad = np.arange(2 * COUNT) >= COUNT
     hits, alarms = int((rejected & bad).sum()), int((rejected & ~bad).sum())
     f1 = 2 * hits / (COUNT + hits + alarms)
-    precision, recall, _ = precision_recall_curve(bad, tested.pred_score.numpy())
-    best = float((2 * precision * recall / np.maximum(precision + recall, 1e-9)).max())
+    scores = tested.pred_score.numpy()
+    precision, recall, thresholds = precision_recall_curve(bad, scores)
+    by_threshold = (2 * precision * recall / np.maximum(precision + recall, 1e-9))[:-1]  # the last one rejects nothing
+    best, there = float(by_threshold.max()), float((scores[~bad] >= thresholds[by_threshold.argmax()]).mean())
     pixels = float(result.pred_mask[:COUNT].float().mean())
-    auroc = float(roc_auc_score(bad, tested.pred_score.numpy()))
-    return [alarms / COUNT, 1 - hits / COUNT, f1, best, best - f1, pixels, auroc]
+    return [alarms / COUNT, 1 - hits / COUNT, f1, best, there, best - f1, pixels, float(roc_auc_score(bad, scores))]
 
 
 Row = Callable[..., None]
@@ -407,12 +408,13 @@ def main() -> None:
             figures.setdefault((title, good), []).append(100 * by_draw.mean(dim=0))
 
         {"methods": methods, "rules": rules, "rates": rates}[arguments.table](experiment, row)
-    print("| | good images | false alarms | worst | misses | F1 | best F1 | gap | pixels | AUROC |")
-    print(f"|---{'|---' * 9}|")
+    columns = ["false alarms", "worst", "misses", "F1", "best F1", "false alarms there", "gap", "pixels", "AUROC"]
+    print(f"`python -m tests.benchmarks.decisions {arguments.table}`:\n")
+    print(f"| | good images | {' | '.join(columns)} |\n|---|---{'|---' * len(columns)}|")
     for (title, good), by_dataset in figures.items():
         table = torch.stack(by_dataset)
         spreads = table.std(dim=0) if len(table) > 1 else torch.zeros(table.shape[1])
-        digits = [1, 1, 1, 1, 1, 2, 1]
+        digits = [1, 1, 1, 1, 1, 1, 2, 1]
         cells = [f"{m:.{d}f} ± {s:.{d}f}" for m, s, d in zip(table.mean(dim=0), spreads, digits, strict=True)]
         worst = int(table[:, 0].argmax())
         cells.insert(1, f"{table[worst, 0]:.1f} ({arguments.only[worst]})")
