@@ -26,8 +26,8 @@ accepted; F1, the best F1 that any threshold reaches on the very same scores, th
 gap to it; share of a good part's pixels that are in its mask, of every fourth row and column; image AUROC. In percent,
 mean over datasets and draws ± standard deviation over the datasets' means.
 
-DINOv2-S/14 at 448x448. Every image passes the backbone once; its tokens are kept in ``--cache``, and predictions below
-it, in a folder named by the source code of both models. ``--only`` takes some of the datasets.
+DINOv2-S/14 at 448x448. Every image passes the backbone once; its tokens, 8 GB, are kept in ``--cache``, and predictions
+below it, in a folder named by the source code of both models. ``--only`` takes some of the datasets.
 """
 
 import argparse
@@ -141,7 +141,7 @@ class Parts(cross_dataset.Category):
 
     def rate(self, scores: torch.Tensor, maps: torch.Tensor) -> InferenceBatch:  # type: ignore[override]  # noqa: PLR6301
         """Scores, and every fourth row and column of the maps."""
-        return InferenceBatch(pred_score=scores.float(), anomaly_map=maps[..., ::4, ::4].float())
+        return InferenceBatch(pred_score=scores.float(), anomaly_map=maps[..., ::4, ::4].float().contiguous())
 
 
 Predictions = dict[str, InferenceBatch]  # of all images, of "own" ones that are learned from, of "perlin" anomalies
