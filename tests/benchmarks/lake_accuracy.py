@@ -18,7 +18,7 @@ DINOv2-S/14 at 448x448. Every image passes the backbone once; its tokens are kep
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -103,10 +103,10 @@ def tokens(model: LAKE, images: torch.Tensor) -> torch.Tensor:
         return torch.stack(list(model.model.tokens(images)[0].values()), dim=1).half()
 
 
-def backbone(data: Path) -> LAKE:
-    """The real DINOv2-S/14, giving raw tokens of all :data:`BLOCKS`."""
+def backbone(data: Path, blocks: Sequence[int] = BLOCKS) -> LAKE:
+    """The real DINOv2-S/14, giving raw tokens of some blocks."""
     weights = data / "dinov2_vits14.safetensors"
-    model = LAKE(BACKBONE, layers=BLOCKS, weights=weights, image_size=448, visualizer=False).eval()
+    model = LAKE(BACKBONE, layers=blocks, weights=weights, image_size=448, visualizer=False).eval()
     model.model.backbone.load_weights()
     return model
 
@@ -139,7 +139,7 @@ def lake(
     model = LAKEModel(BACKBONE, layers=blocks, scales=scales, bank_size=size, pre_trained=False)
     model.neurons = nn.ModuleList(SensitiveNeurons(**options) for _ in blocks)
     model._stored = [[images[:, BLOCKS.index(block)].float()] for block in blocks]
-    model._grid = GRID
+    model._grid, model._size = GRID, (448, 448)
     model.fit()
     anomaly = torch.cat([
         model.structural_deviation({block: image[None, BLOCKS.index(block)].float() for block in blocks}, GRID)
