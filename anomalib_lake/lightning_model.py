@@ -235,7 +235,8 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignor
             maps = left_out.anomaly_map if self.held_out is None or not len(self.held_out) else None
             if left_out.pred_score is not None:
                 self.post_processor.add_good(left_out.pred_score, maps, learned_from=True)
-        self.score_held_out()
+        self.add_good(self.held_out)
+        self.place_thresholds()
         banks = self.model.banks[0]
         logger.info(
             "Normality bank: %s tokens of %d channels in each of the blocks %s, at scales %s.",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from anomalib.data import ImageBatch
+from anomalib.data import AnomalibDataset, ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule, MemoryBankMixin
 from anomalib.visualization import Visualizer
@@ -39,7 +39,7 @@ from .torch_model import SPGModel
 logger = logging.getLogger(__name__)
 
 FEWEST = 8  # good images from which on some are held out
-OWN_IMAGES = 0.3  # by how much images it has learned from score less than new ones, on the logit scale (measured)
+OWN_IMAGES = 0.15  # by how much images it has learned from score less than new ones, on the logit scale (measured)
 
 
 class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore[misc]  # as AnomalibModule itself
@@ -113,7 +113,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
         [5]
     """
 
-    prior = Prior(spread=0.5, weight=4.0)  # measured on six textures, where spreads are 0.2 to 1.1
+    prior = Prior(spread=0.4, weight=4.0)  # measured on six textures, where spreads are 0.2 to 1.1
 
     def __init__(
         self,
@@ -194,13 +194,14 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
         if guides_file is None:
             self.model.settings = asdict(settings)
         self._is_fitted = torch.tensor([guides_file is not None])
-        self._learned_from_all = False
+        self._learned: AnomalibDataset | None = None
 
     def setup(self, stage: str) -> None:
         """Seed, refuse an empty training set, and hold good images out.
 
         Of normal training images a quarter is held out, at most 100, unless validation has enough good images. With a
-        guides file, from which nothing is learned, all are. Fewer than 8 are all learned from.
+        guides file, from which nothing is learned, all are. Fewer than 8 are all learned from. Where few are held out,
+        those learned from help to place the threshold.
 
         Args:
             stage (str): Stage of the trainer.
@@ -226,18 +227,20 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
 
     def _hold_out(self, datamodule: Any) -> None:  # noqa: ANN401  # any of anomalib's datamodules
         dataset = datamodule.train_data
-        self.held_out, self._learned_from_all = None, False
+        self.held_out, self._learned = None, None
         if self._is_labelled(dataset) or good_validation_images(datamodule) >= ENOUGH:
             return
         everything = list(range(len(dataset)))
         if self.guides_file is not None:
             self.held_out = dataset.subsample(choose(everything, MOST))
         elif len(dataset) < FEWEST:
-            self.held_out, self._learned_from_all = dataset.subsample(everything), True
+            self._learned = dataset.subsample(everything)
         else:
             held_out = choose(everything, min(MOST, len(dataset) // 4))
             self.held_out = dataset.subsample(held_out)
-            self.swap_training_set(dataset.subsample(sorted(set(everything) - set(held_out))))
+            learned = dataset.subsample(sorted(set(everything) - set(held_out)))
+            self._learned = learned if len(held_out) < ENOUGH else None
+            self.swap_training_set(learned)
 
     def on_train_start(self) -> None:
         """Say what will be learned from, and decide where the tokens go, before it takes time.
@@ -340,7 +343,8 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
     def fit(self) -> None:
         """Learn dictionary and guides from the stored tokens, and save the guides file."""
         if self.guides_file is not None:
-            self.score_held_out()
+            self.add_good(self.held_out)
+            self.place_thresholds()
             return
 
         def log(losses: dict[str, float], epoch: int) -> None:
@@ -365,7 +369,10 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
                 labels="labelled" if self._is_labelled(loader.dataset) else "synthetic",
             )
         self.model.store.clear()
-        self.score_held_out(self._learned_from_all, OWN_IMAGES if self._learned_from_all else 0.0)
+        self.add_good(self._learned, learned_from=True, correction=OWN_IMAGES)
+        self.add_good(self.held_out)
+        self.place_thresholds()
+        self._learned = None
         logger.info("Seconds spent: %s.", ", ".join(f"{name} {s:.0f}" for name, s in self.model.seconds.items()))
         logger.info("Guides saved to %s. SPG(guides_file=...) uses them on other data without training.", path)
 

@@ -96,7 +96,7 @@ def test_training_says_what_is_known(factory: Factory) -> None:
         r"Threshold [\d.]+ from (\d+) good images. It will reject about 8.0% of good parts", factory.trained
     )
     assert found
-    assert int(found[1]) == {"lake": 20, "spg": 5}[factory.name]
+    assert int(found[1]) == {"lake": 20, "spg": 20}[factory.name]
     assert "with 90 % probability" in factory.trained
     assert "there were no bad images" in factory.trained
     assert "image_AUROC" not in factory.trained

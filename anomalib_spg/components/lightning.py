@@ -26,7 +26,7 @@ from .export import antialias_resize
 from .held_out import batches
 from .post_processor import GoodPartsPostProcessor
 from .pre_processor import default_pre_processor
-from .threshold import WEAK_PRIOR, Prior
+from .threshold import WEAK_PRIOR, Prior, logit
 from .unreadable import NameUnreadableImages
 
 logger = logging.getLogger(__name__)
@@ -167,36 +167,42 @@ class FrozenBackboneMixin(CompressBackboneOnly):
         self.restore_training_set()
 
     @torch.no_grad()
-    def score_held_out(self, learned_from: bool = False, correction: float = 0.0) -> None:
-        """Pass the held-out good images, and place the thresholds by what they score.
+    def add_good(self, dataset: AnomalibDataset | None, learned_from: bool = False, correction: float = 0.0) -> None:
+        """Pass good images, and have the post-processor take note of what they score.
 
         Args:
-            learned_from (bool): Whether the model has learned from them after all, for want of others.
+            dataset (AnomalibDataset | None): Good images.
+            learned_from (bool): Whether the model has learned from them.
             correction (float): What their scores are known to lack then, on the logit scale.
         """
-        post_processor, dataset = self.post_processor, self.held_out
-        self.held_out = None
-        if not isinstance(post_processor, GoodPartsPostProcessor):
+        post_processor = self.post_processor
+        if not isinstance(post_processor, GoodPartsPostProcessor) or dataset is None or not len(dataset):
             return
-        if dataset is not None and len(dataset):
-            datamodule: Any = getattr(self.trainer, "datamodule", None)
-            dataset = copy.copy(dataset)
-            dataset.augmentations = getattr(datamodule, "val_augmentations", None)
-            transform = None if self.pre_processor is None else self.pre_processor.transform
-            training = self.model.training
-            self.model.eval()
-            batch_size = min(8, datamodule.eval_batch_size)  # so that the progress bar moves
-            for images in batches(dataset, transform, batch_size, datamodule.num_workers, self.device):
-                with self.trainer.precision_plugin.forward_context():
-                    result = self.model(images)
-                scores, maps = result.pred_score, result.anomaly_map
-                if correction:
-                    scores, maps = (torch.sigmoid(torch.logit(x, eps=1e-7) + correction) for x in (scores, maps))
-                post_processor.add_good(scores, maps, learned_from)
-            self.model.train(training)
-        post_processor.place_thresholds()
-        if not self.trainer.enable_validation:
-            logger.info(post_processor.report())
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        dataset = copy.copy(dataset)
+        dataset.augmentations = getattr(datamodule, "val_augmentations", None)
+        transform = None if self.pre_processor is None else self.pre_processor.transform
+        training = self.model.training
+        self.model.eval()
+        batch_size = min(8, datamodule.eval_batch_size)  # so that the progress bar moves
+        for images in batches(dataset, transform, batch_size, datamodule.num_workers, self.device):
+            with self.trainer.precision_plugin.forward_context():
+                result = self.model(images)
+            scores, maps = result.pred_score, result.anomaly_map
+            if correction:
+                scores, maps = (torch.sigmoid(logit(x) + correction) for x in (scores, maps))
+            # Pixels of images that are learned from count only where there are no others.
+            has_others = learned_from and self.held_out is not None and len(self.held_out) > 0
+            post_processor.add_good(scores, None if has_others else maps, learned_from)
+        self.model.train(training)
+
+    def place_thresholds(self) -> None:
+        """Place the thresholds by the good images that are known, and say so where no validation will."""
+        self.held_out = None
+        if isinstance(self.post_processor, GoodPartsPostProcessor):
+            self.post_processor.place_thresholds()
+            if not self.trainer.enable_validation:
+                logger.info(self.post_processor.report())
 
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Find anomalies in a validation batch.

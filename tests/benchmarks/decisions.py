@@ -53,9 +53,9 @@ import anomalib_lake
 import anomalib_spg
 from anomalib_lake import LAKE, LAKEModel
 from anomalib_spg import SPG
-from anomalib_spg.benchmark.post_processor import RawScorePostProcessor
 from anomalib_spg.components.held_out import choose
 from anomalib_spg.components.post_processor import FALSE_ALARM_RATE, GoodPartsPostProcessor
+from anomalib_spg.components.raw_scores import RawScorePostProcessor
 from anomalib_spg.components.threshold import logit
 from anomalib_spg.lightning_model import FEWEST, OWN_IMAGES
 from anomalib_spg.quickstart import BACKBONE
@@ -168,10 +168,10 @@ def lake(parts: Parts, shots: int, draw: int) -> Predictions:
 
 
 def split(count: int, draw: int) -> tuple[list[int], list[int]]:
-    """Which of a draw's images SPG learns from, and which it holds out; below 8 the same ones."""
+    """Which of a draw's images SPG learns from, and which it holds out; below 8 none."""
     everything = list(range(count))
     if count < FEWEST:
-        return everything, everything
+        return everything, []
     torch.manual_seed(draw)
     held_out = choose(everything, count // 4)
     return sorted(set(everything) - set(held_out)), held_out
@@ -241,12 +241,13 @@ class Experiment:
         order = self.parts(name).draw(good, draw)
         if method is spg:
             predictions = self.predict(spg, name, good, draw)
-            held_out = some(predictions["images"], order[split(good, draw)[1]])
-            scores, maps = held_out.pred_score, held_out.anomaly_map
-            if good < FEWEST:  # as FrozenBackboneMixin.score_held_out does
-                scores, maps = (torch.sigmoid(torch.logit(x, eps=1e-7) + OWN_IMAGES) for x in (scores, maps))
+            learned, held_out = (some(predictions["images"], order[part]) for part in split(good, draw))
             post_processor = SPG.configure_post_processor(rate)
-            post_processor.add_good(scores, maps, learned_from=good < FEWEST)
+            # As SPG.fit does: those it learned from help, corrected, where few are held out.
+            scores, maps = (torch.sigmoid(logit(x) + OWN_IMAGES) for x in (learned.pred_score, learned.anomaly_map))
+            post_processor.add_good(scores, None if good >= FEWEST else maps, learned_from=True)
+            if good >= FEWEST:
+                post_processor.add_good(held_out.pred_score, held_out.anomaly_map)
         else:
             predictions = self.predict(method, name, min(SHOTS, good), draw)
             left_over = some(predictions["images"], order[SHOTS:])

@@ -167,8 +167,8 @@ def test_a_quarter_of_the_good_images_is_held_out(tmp_path: Path) -> None:
     with patch.object(SPGModel, "_store", autospec=True, side_effect=SPGModel._store) as store:
         many = fit(12)
         assert sum(len(call.args[1]) for call in store.call_args_list) == 9 * 2
-    assert many.post_processor.threshold.images == 3
-    assert many.post_processor._scores["learned"] == []
+    assert many.post_processor.threshold.images == 12
+    assert len(many.post_processor._scores["held_out"]) == 3
     few = fit(6)
     assert few.post_processor.threshold.images == 6
     assert len(few.post_processor._scores["learned"]) == 6
