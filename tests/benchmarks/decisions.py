@@ -379,7 +379,7 @@ def rules(experiment: Experiment, row: Row) -> None:
 def rates(experiment: Experiment, row: Row) -> None:
     """LAKE with other false-alarm rates."""
     for good in FEW_AND_MANY:
-        for rate in (0.01, 0.02, 0.05, 0.1):
+        for rate in (0.01, 0.02, 0.05, 0.08, 0.1):
             row(
                 f"{rate:.0%}",
                 good,

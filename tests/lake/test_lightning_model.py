@@ -280,7 +280,7 @@ def test_only_normal_images(mvtec: Path, tmp_path: Path) -> None:
         val_split_mode="same_as_test",
         num_workers=0,
     )
-    model = build()
+    model = build(false_alarm_rate=0.01)
     engine(tmp_path).fit(model=model, datamodule=datamodule)
     predictions = engine(tmp_path).predict(model, data_path=mvtec / "brick/test/good")
     assert not any(bool(prediction.pred_label) for prediction in predictions)
