@@ -63,6 +63,9 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
         image_size (int | tuple[int, int] | None): Size images are resized to. ``None`` is that of the guides file, else
             448, or 518 for CLIP (paper).
         guides_file (str | Path | None): Guides file; nothing is learned then. Defaults to ``None``.
+        hold_out (float): Share of the normal training images, at most 100, that is not learned from and sets the
+            threshold, unless validation has enough good images. 0 learns from all, for guides to be used elsewhere.
+            Without effect on labelled data and below 8 images. Defaults to 0.25 (ours).
         views (int): How many times anomalies are drawn on each normal training image; without effect on labelled data.
             Defaults to 8 (ours).
         dictionary (bool): Write the guides in a dictionary's atoms (paper). ``False`` learns free vectors: the control.
@@ -123,6 +126,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
         weights: str | Path | None = None,
         image_size: int | tuple[int, int] | None = None,
         guides_file: str | Path | None = None,
+        hold_out: float = 0.25,
         views: int = 8,
         dictionary: bool = True,
         num_atoms: int = 4096,
@@ -148,6 +152,9 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        if not 0 <= hold_out < 1:
+            msg = f"hold_out={hold_out} must lie in [0, 1): the share of good images that is not learned from."
+            raise ValueError(msg)
         settings = GuideSettings(
             dictionary=dictionary,
             num_atoms=num_atoms,
@@ -175,6 +182,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
         self.seed = seed
         self.memory_limit = memory_limit
         self.tokens_dir = tokens_dir
+        self.hold_out = hold_out
         self.views = views
         self.synthesizer = AnomalySynthesizer()
         self.examples: Examples | None = None
@@ -199,7 +207,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
     def setup(self, stage: str) -> None:
         """Seed, refuse an empty training set, and hold good images out.
 
-        Of normal training images a quarter is held out, at most 100, unless validation has enough good images. With a
+        Of normal training images ``hold_out`` are not learned from, unless validation has enough good images. With a
         guides file, from which nothing is learned, all are. Fewer than 8 are all learned from. Where few are held out,
         those learned from help to place the threshold.
 
@@ -233,10 +241,10 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
         everything = list(range(len(dataset)))
         if self.guides_file is not None:
             self.held_out = dataset.subsample(choose(everything, MOST))
-        elif len(dataset) < FEWEST:
-            self._learned = dataset.subsample(everything)
+        elif len(dataset) < FEWEST or self.hold_out == 0:
+            self._learned = dataset.subsample(choose(everything, MOST))
         else:
-            held_out = choose(everything, min(MOST, len(dataset) // 4))
+            held_out = choose(everything, min(MOST, max(1, int(len(dataset) * self.hold_out))))
             self.held_out = dataset.subsample(held_out)
             learned = dataset.subsample(sorted(set(everything) - set(held_out)))
             self._learned = learned if len(held_out) < ENOUGH else None

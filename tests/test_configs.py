@@ -85,7 +85,7 @@ def check(config: dict[str, Any], kind: str) -> None:
 def test_train(path: Path) -> None:
     """Configs of `anomalib train`."""
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    assert set(config) == {"model", "data"}
+    assert {"data", "model"} <= set(config) <= {"data", "model", "trainer"}
     check(config["model"], "models")
     check(config["data"], "data")
 

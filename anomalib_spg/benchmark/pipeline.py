@@ -62,7 +62,7 @@ _GUIDE_ARGUMENTS = {
     "backbone",
     *inspect.signature(Backbone).parameters,
     *(field.name for field in dataclasses.fields(GuideSettings)),
-    *("views", "seed", "temperature", "pre_processor"),
+    *("views", "hold_out", "seed", "temperature", "pre_processor"),
 }
 _TARGET_ONLY = ("target", "target_args", "eval_batch_size", "num_workers")
 

@@ -169,6 +169,7 @@ def test_a_quarter_of_the_good_images_is_held_out(tmp_path: Path) -> None:
         assert sum(len(call.args[1]) for call in store.call_args_list) == 9 * 2
     assert many.post_processor.threshold.images == 12
     assert len(many.post_processor._scores["held_out"]) == 3
+    assert fit(12, hold_out=0).post_processor._scores["held_out"] == []
     few = fit(6)
     assert few.post_processor.threshold.images == 6
     assert len(few.post_processor._scores["learned"]) == 6

@@ -228,6 +228,8 @@ def test_shared_guides_give_what_learning_gives(mvtec: Path, visa: Path, tmp_pat
     [
         ({"image_score": "top", "cls_weight": 0.5, "top_fraction": 0.1, "sigma": 0}, True),
         ({"k": 5}, False),
+        ({"hold_out": 0.0}, False),
+        ({"false_alarm_rate": 0.01}, True),
         ({"weights": "other.safetensors"}, False),
     ],
 )
