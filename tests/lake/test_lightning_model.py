@@ -12,6 +12,7 @@ import torch
 from anomalib.data import Folder
 from anomalib.data.datasets.base import image as base_dataset
 from anomalib.engine import Engine
+from anomalib.metrics import AUROC, Evaluator
 from PIL import Image
 
 from anomalib_lake import LAKE
@@ -53,6 +54,18 @@ def test_only_the_drawn_images_are_compared_with(mvtec: Path, tmp_path: Path) ->
     assert len(model.normal_images) == 2
     assert len(datamodule.train_data) == 4
     assert model.model.banks[0][0].tokens.shape == (2 * 16, 20)
+
+
+def test_checkpoint_of_a_run_with_other_metrics(mvtec: Path, tmp_path: Path) -> None:
+    """Fitted with one metric, as a larger application does, and loaded by a model with defaults; and without any."""
+    few = Evaluator(val_metrics=[AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False)])
+    run = engine(tmp_path)
+    run.fit(model=build(evaluator=few), datamodule=data(mvtec))
+    for evaluator in (True, False):
+        loaded = build(evaluator=evaluator)
+        results = engine(tmp_path).test(loaded, datamodule=data(mvtec), ckpt_path=run.best_model_path)
+        assert loaded.model.is_fitted
+        assert ("image_AUROC" in results[0]) == evaluator
 
 
 def test_a_second_fit_learns_the_new_data(mvtec: Path, tmp_path: Path) -> None:
