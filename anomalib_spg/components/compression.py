@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from .backbone import Backbone
 
 if TYPE_CHECKING:
+    from anomalib.data import AnomalibDataModule
+    from anomalib.deploy import CompressionType
     from anomalib.models.components import AnomalibModule as _Base
     from openvino import Model
 else:
@@ -28,13 +30,33 @@ class CompressBackboneOnly(_Base):
 
     model: Any
 
-    def _compress_ov_model(self, model: "Model", *args: Any, **kwargs: Any) -> "Model":
+    def _compress_ov_model(
+        self,
+        model: "Model",
+        compression_type: "CompressionType | None" = None,
+        datamodule: "AnomalibDataModule | None" = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> "Model":
         import nncf
 
+        give_validation_images(datamodule)
         scope = {"ignored_scope": nncf.IgnoredScope(names=head_operations(model, self.model.backbone), validate=False)}
         options = {**scope, "model_type": nncf.ModelType.TRANSFORMER}
         with _completed(nncf, compress_weights=scope, quantize=options, quantize_with_accuracy_control=options):
-            return super()._compress_ov_model(model, *args, **kwargs)
+            return super()._compress_ov_model(model, compression_type, datamodule, *args, **kwargs)
+
+
+def give_validation_images(datamodule: Any) -> None:  # noqa: ANN401  # any of anomalib's datamodules, or none
+    """Let a datamodule without a validation set validate on its training images, by which anomalib calibrates INT8.
+
+    Args:
+        datamodule (Any): Datamodule, or ``None``.
+    """
+    if datamodule is not None:
+        datamodule.setup("fit")
+        if getattr(datamodule, "val_data", None) is None:
+            datamodule.val_data = datamodule.train_data
 
 
 @contextmanager

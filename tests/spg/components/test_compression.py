@@ -8,7 +8,7 @@ import numpy as np
 import openvino as ov
 import pytest
 import torch
-from anomalib.data import MVTecAD
+from anomalib.data import Folder, MVTecAD
 from anomalib.data.utils import read_image
 from anomalib.deploy import CompressionType
 from anomalib.engine import Engine
@@ -16,6 +16,7 @@ from anomalib.models.components import AnomalibModule
 
 from anomalib_lake import LAKE
 from anomalib_spg import SPG
+from anomalib_spg.components.compression import give_validation_images
 
 # Raw scores: next to a threshold the post-processor can make a large step of a small one.
 SMALL = {
@@ -60,3 +61,12 @@ def test_scores_survive(trained: tuple[AnomalibModule, MVTecAD], compression: st
     assert np.corrcoef(scores, expected.pred_score)[0, 1] > 0.99
     maps = result["anomaly_map"].reshape(expected.anomaly_map.shape)
     assert np.abs(maps - expected.anomaly_map.numpy()).max() < 0.03
+
+
+def test_calibration_on_good_parts_only(mvtec: Path) -> None:
+    """A folder of good parts has no validation images, by which anomalib calibrates: its training images serve."""
+    source = Folder(*("good", mvtec / "brick/train/good"), num_workers=0, test_split_mode="none", val_split_mode="none")
+    give_validation_images(source)
+    source.setup("fit")  # as anomalib does again
+    assert len(source.val_dataloader().dataset) == 4
+    give_validation_images(None)
