@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from anomalib.data import AnomalibDataModule, MVTecAD
@@ -16,6 +17,7 @@ from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from anomalib_spg.components.post_processor import GoodPartsPostProcessor
 from tests import textures
 
 REPOSITORY = Path(__file__).parents[1]
@@ -122,3 +124,12 @@ def fake_distribution(folder: Path, name: str, entry_points: str, code: str) -> 
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(entry_points)
     return folder
+
+
+def to_raw(shown: Any, post_processor: GoodPartsPostProcessor, kind: str) -> np.ndarray:
+    """Raw scores ("image") or maps ("pixel") of shown ones: the inverse of the post-processor's map."""
+    values = (getattr(post_processor, name) for name in (f"{kind}_min", f"{kind}_threshold"))
+    typical, threshold = (np.log(float(value) / (1 - float(value))) for value in values)
+    y = np.asarray(shown, dtype=float).squeeze() - 0.5
+    x = np.sign(y) * 2 * np.abs(y) / (1.5 - 3 * np.abs(y))
+    return 1 / (1 + np.exp(-threshold - x * (threshold - typical)))
