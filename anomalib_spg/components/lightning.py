@@ -115,7 +115,7 @@ class FrozenBackboneMixin(CompressBackboneOnly):
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
-        """Configure the default evaluator: anomalib's metrics, plus average precision and AUPRO."""
+        """Configure the default evaluator: anomalib's metrics, average precision, AUPRO, false alarms and misses."""
         return default_evaluator()
 
     def configure_callbacks(self) -> Sequence[Callback]:
