@@ -155,11 +155,12 @@ def nearest(tokens: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
     Returns:
         torch.Tensor: Distances ``(...)``.
     """
+    # |t - b|^2 = |t|^2 - 2 (t.b - |b|^2 / 2): the nearest b has the largest bracket. It is one product of (t, 1) and
+    # (b, -|b|^2 / 2): a bias would do the same, but OpenVINO computes it in half precision.
     queries = tokens.flatten(0, -2)
-    # |t - b|^2 = |t|^2 - 2 (t.b - |b|^2 / 2): the nearest b has the largest bracket, one product with a bias.
-    brackets = [
-        torch.addmm(chunk.square().sum(dim=1) / -2, queries, chunk.T).amax(dim=1) for chunk in bank.split(CHUNK)
-    ]
+    with_one = torch.cat([queries, torch.ones_like(queries[:, :1])], dim=1)
+    bank = torch.cat([bank, bank.square().sum(dim=1, keepdim=True) / -2], dim=1)
+    brackets = [(with_one @ chunk.T).amax(dim=1) for chunk in bank.split(CHUNK)]
     squares = queries.square().sum(dim=1) - 2 * torch.stack(brackets).amax(dim=0)
     return squares.clamp(min=0).sqrt().view(tokens.shape[:-1])
 

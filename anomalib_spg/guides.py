@@ -133,8 +133,8 @@ def anomaly_probability(
     Returns:
         torch.Tensor: Probabilities ``(...)`` in ``[0, 1]``.
     """
-    direction = F.normalize(anomaly, dim=-1) - F.normalize(normal, dim=-1)
-    return torch.sigmoid((tokens @ direction) / (tokens.norm(dim=-1).clamp(min=1e-8) * temperature))
+    direction = (F.normalize(anomaly, dim=-1) - F.normalize(normal, dim=-1)) / temperature
+    return torch.sigmoid((tokens @ direction) / tokens.norm(dim=-1).clamp(min=1e-8))
 
 
 class _Coefficients(nn.Module):

@@ -56,7 +56,7 @@ class AnomalyMapGenerator(nn.Module):
         """
         rows, columns = self._pixels_of_patches(patch_map, image_size)
         # The clamp is for rounding only: a pixel of 1 + 1e-7 would make torchmetrics take the map for logits.
-        return (rows @ patch_map @ columns.T)[:, None].clamp(0, 1)
+        return (rows @ (patch_map @ columns.T))[:, None].clamp(0, 1)
 
     def patch_weights(self, pixel_weights: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Turn weights of the map's pixels into weights of the patches that give exactly the same weighted sum.

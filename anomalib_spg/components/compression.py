@@ -83,10 +83,10 @@ def head_operations(model: "Model", backbone: Backbone) -> list[str]:
         list[str]: Operations that the last block's last product with a weight does not depend on.
     """
     parameters = backbone.vit.blocks[backbone.layers[-1]].parameters()
-    weights = {frozenset(parameter.shape) for parameter in parameters if parameter.ndim == 2}
+    weights = {tuple(sorted(parameter.shape)) for parameter in parameters if parameter.ndim == 2}
     operations = model.get_ordered_ops()
     products = [op for op in operations if op.get_type_name() == "MatMul" and op.input(1).get_partial_shape().is_static]
-    waiting = [op for op in products if frozenset(op.input(1).get_shape()) in weights][-1:]
+    waiting = [op for op in products if tuple(sorted(op.input(1).get_shape())) in weights][-1:]
     seen: set[str] = set()
     while waiting:
         operation = waiting.pop()

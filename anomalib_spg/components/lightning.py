@@ -22,7 +22,7 @@ from .checkpoint import check_identity
 from .compression import CompressBackboneOnly
 from .decisions import DecisionTable
 from .evaluator import default_evaluator
-from .export import antialias_resize
+from .export import finish_openvino
 from .held_out import batches
 from .post_processor import GoodPartsPostProcessor
 from .pre_processor import default_pre_processor
@@ -133,10 +133,14 @@ class FrozenBackboneMixin(CompressBackboneOnly):
         """Return no optimiser: learning uses stored tokens, after the pass over the images."""
         return
 
+    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:
+        """Export to ONNX as anomalib does, but in operator set 18: 14, its default, has no antialiased resize."""
+        return super().to_onnx(*args, **{"opset_version": 18, **kwargs})
+
     def to_openvino(self, *args: Any, **kwargs: Any) -> Path:
-        """Export to OpenVINO as anomalib does, with the antialiased resize of fit, test and predict."""
+        """Export to OpenVINO as anomalib does; see :func:`finish_openvino` for what is different."""
         path = super().to_openvino(*args, **kwargs)
-        antialias_resize(path)
+        finish_openvino(path, self.model.backbone)
         return path
 
     def begin_fit(self) -> None:
