@@ -2,12 +2,10 @@
 
 """Explanations as users get them: by the real ``anomalib`` command with real weights, and in a real browser."""
 
-import html
 import io
 import json
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,11 +28,10 @@ from anomalib_spg.explanations.figures import plot_explanation
 from anomalib_spg.explanations.report import write_report
 from anomalib_spg.quickstart import BACKBONE
 from tests.benchmarks.faithfulness import faithfulness
-from tests.helpers import data, engine, few_textiles, run_command
+from tests.helpers import BROWSER, data, dump, engine, few_textiles, run_command, shown_names
 
 COUNT = 8  # images per folder
 ON = ["--model.visualizer", "anomalib_spg.ExplanationVisualizer"]
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 def train(quickstart: Path, folder: Path, config: str, command: Callable[..., str], **arguments: Any) -> Path:
@@ -131,21 +128,6 @@ def test_predict_from_checkpoint(
     assert Image.open(folder / record["picture"]).width > 1000
 
 
-def dump(page: Path, view: str = "") -> str:
-    """What a browser makes of the page."""
-    options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    with_profile = f"--user-data-dir={page.parent / 'profile'}"
-    command = [BROWSER, *options.split(), "--disable-component-update", "--disable-sync", with_profile]
-    command += ["--virtual-time-budget=5000", "--dump-dom", f"{page.as_uri()}#{view}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout
-
-
-def names(page: str) -> list[str]:
-    """Names of the shown images in their order."""
-    return [html.unescape(name) for name in re.findall(r'<div class="name">([^<]*)', page)]
-
-
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
     """Two runs with made-up records, one of them with a name that tries to break out of the script."""
@@ -183,17 +165,17 @@ def test_page_in_a_browser(runs: Path) -> None:
     page = runs / "explanations.html"
     assert str(page) in output
     end = "</script><b>.png"
-    assert names(dump(page)) == [f"bad/nut1{end}", f"bad/bolt0{end}", f"bad/nut0{end}"]
-    assert names(dump(page, "category=bolt")) == [f"bad/bolt0{end}"]
-    assert names(dump(page, "show=missed")) == [f"bad/nut2{end}"]
-    assert names(dump(page, "part=6:101&show=all")) == [f"bad/nut1{end}"]
+    assert shown_names(dump(page)) == [f"bad/nut1{end}", f"bad/bolt0{end}", f"bad/nut0{end}"]
+    assert shown_names(dump(page, "category=bolt")) == [f"bad/bolt0{end}"]
+    assert shown_names(dump(page, "show=missed")) == [f"bad/nut2{end}"]
+    assert shown_names(dump(page, "part=6:101&show=all")) == [f"bad/nut1{end}"]
     opened = dump(page, "image=0")
     assert re.search(r'<dialog id="one"[^>]*open', opened)
     assert re.search(r'<dialog.*src="SPG/(nut|bolt)/v0/explanations/p.jpg"', opened, flags=re.DOTALL)
     assert "score 0.600, threshold 0.500" in opened
     assert "http" not in re.sub(r"<script.*?</script>", "", opened, flags=re.DOTALL)
     assert (runs / "atoms_same.png").is_file()
-    assert "3 of 4 images" in opened
+    assert "3 of 4 explained images" in opened
 
 
 @pytest.mark.command
@@ -213,10 +195,10 @@ def test_clicks_in_a_browser(runs: Path) -> None:
     following = after(card + "document.getElementById('next').click();")
     assert re.search(title, following, flags=re.DOTALL).group(1) == "bolt: bad/bolt0"
     filtered = after(card + "document.querySelectorAll('td button')[1].click();")
-    assert len(names(filtered)) == 1
+    assert len(shown_names(filtered)) == 1
     assert re.search(title, filtered, flags=re.DOTALL) is None
     choose = "const c = document.querySelector('select'); c.value = 'bolt';"
-    assert len(names(after(choose + "c.dispatchEvent(new Event('input', {bubbles: true}));"))) == 1
+    assert len(shown_names(after(choose + "c.dispatchEvent(new Event('input', {bubbles: true}));"))) == 1
 
 
 @pytest.mark.command
@@ -227,7 +209,7 @@ def test_real_page_in_a_browser(spg: Path) -> None:
     run = json.loads((spg / "explanations" / "explanations.json").read_text())
     page = dump(spg / "explanations" / "index.html")
     worst = sorted(run["images"], key=lambda image: -image["score"])
-    assert names(page) == [image["name"] for image in worst]
+    assert shown_names(page) == [image["name"] for image in worst]
     sources = re.findall(r'<img[^>]* src="([^"]+)"', page)
     assert len(sources) == len(worst) + len(run["figures"])
     assert all((spg / "explanations" / source).is_file() for source in sources)
