@@ -82,7 +82,7 @@ class DecisionTable(Callback):
             number += 1
             path = folder / FILE.replace(".", f"_{number}.")
         with atomic_write(path) as temporary:
-            table.to_csv(temporary, index=False)
+            table.to_csv(temporary, index=False, errors="backslashreplace")  # names of files may be no valid UTF-8
         rejected = int((table.decision == "rejected").sum())
         logger.info("%d of %d images rejected. Decisions: %s", rejected, len(table), path)
         broken = table.image[table.score.isna()].tolist()

@@ -4,6 +4,7 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -23,9 +24,9 @@ from anomalib_lake import LAKEModel
 from anomalib_spg import SPG, ExplanationVisualizer, SPGModel
 from anomalib_spg.components.pre_processor import default_pre_processor
 from anomalib_spg.explanations.categories import atom_usage, is_general, neuron_overlap
-from anomalib_spg.explanations.examples import Examples, to_picture
+from anomalib_spg.explanations.examples import Examples, digest, to_picture
 from anomalib_spg.explanations.figures import plot_explanation
-from anomalib_spg.explanations.report import write_report
+from anomalib_spg.explanations.report import UNFINISHED, write_report
 from anomalib_spg.quickstart import BACKBONE
 from tests.benchmarks.faithfulness import faithfulness
 from tests.helpers import BROWSER, data, dump, engine, few_textiles, run_command, shown_names
@@ -285,6 +286,7 @@ def tiny() -> SPG:
     for block, guides in zip((3, 5), model.model.guides, strict=True):
         guides.set(torch.nn.functional.normalize(torch.randn(9, 192), dim=1), torch.arange(9), torch.rand(4, 9))
         examples.find(block, guides.atoms, guides.atom_indices, torch.randn(6, 49, 192))
+    examples.learned = digest(model.model)
     model._is_fitted = torch.tensor([True])
     model.visualizer._examples = examples
     return model
@@ -311,6 +313,39 @@ def test_names_that_are_alike_or_odd(tiny: SPG, tmp_path: Path) -> None:
     assert not tiny.model.backbone._forward_hooks
 
 
+def test_names_as_long_as_files_allow(tiny: SPG, tmp_path: Path) -> None:
+    """255 bytes, not characters; and as many folders in the name on the page as tell images apart."""
+    names = [
+        "x" * 251 + ".png",
+        "ü" * 125 + "x.png",
+        "a/x/1.png",
+        "b/x/1.png",
+        os.fsdecode(b"\xe4.png"),
+        os.fsdecode(b"\xf6.png"),
+    ]
+    for name in names:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (50, 50)).save(tmp_path / "in" / name)
+    records = explain_predictions(tiny, tmp_path / "out", tmp_path / "in")
+    folder = next((tmp_path / "out").rglob("explanations_of_predictions"))
+    assert len({record["picture"] for record in records}) == len(records) == len(names)
+    assert all((folder / record[kind]).is_file() for record in records for kind in ("picture", "thumbnail"))
+    assert len({record["name"] for record in records}) == len(names)
+    assert {"a/x/1.png", "b/x/1.png"} < {record["name"] for record in records}
+
+
+def test_scores_that_are_no_numbers(tiny: SPG, tmp_path: Path) -> None:
+    """A broken model is explained as far as that goes, in valid JSON."""
+    Image.new("RGB", (50, 50)).save(tmp_path / "x.png")
+    for guides in tiny.model.guides:
+        guides.vectors.fill_(float("nan"))
+        guides.coefficients.fill_(float("nan"))
+    tiny.visualizer._examples.learned = digest(tiny.model)
+    assert explain_predictions(tiny, tmp_path / "out", tmp_path / "x.png")[0]["score"] is None
+    for path in (tmp_path / "out").rglob("explanations.json"):
+        json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
 def test_what_is_not_ours_stays(tiny: SPG, tmp_path: Path) -> None:
     """Pictures of an earlier run go; a folder of the user's that happens to have the same name is left alone."""
     Image.new("RGB", (50, 50)).save(tmp_path / "x.png")
@@ -332,6 +367,63 @@ def test_an_interrupted_run_lets_go(tiny: SPG, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ZeroDivisionError):
         explain_predictions(tiny, tmp_path / "out", tmp_path / "x.png")
     assert not tiny.model.backbone._forward_hooks
+
+
+def test_an_interrupted_run_says_so(tiny: SPG, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pictures do not pass for those of the run before, nor is there half a file; the next run is whole again."""
+    for name in "ab":
+        Image.new("RGB", (50, 50)).save(tmp_path / f"{name}.png")
+    explain_predictions(tiny, tmp_path / "out", tmp_path / "a.png")
+    folder = next((tmp_path / "out").rglob("explanations_of_predictions"))
+    with monkeypatch.context() as patched:
+        patched.setattr(ExplanationVisualizer, "on_predict_end", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            explain_predictions(tiny, tmp_path / "out", tmp_path / "b.png")
+    assert [path.name for path in (folder / "pictures").iterdir()] == ["00000_b.jpg"]
+    assert not (folder / "index.html").exists()
+    with pytest.raises(ValueError, match="being written, or their run was interrupted"):
+        write_report(tmp_path / "out")
+    assert len(explain_predictions(tiny, tmp_path / "out", tmp_path / "a.png")) == 1
+    assert [path.name for path in (folder / "pictures").iterdir()] == ["00000_a.jpg"]
+    assert (folder / "index.html").is_file()
+
+
+@pytest.mark.parametrize("when", ["start", "picture", "end"])
+def test_a_full_disk(when: str, tiny: SPG, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message names the folder and the remedy, and the records stay unfinished."""
+    Image.new("RGB", (50, 50)).save(tmp_path / "x.png")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    if when == "picture":
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    elif when == "end":
+        monkeypatch.setattr(SPG, "figures", lambda *_: {"guides": ("guides", SimpleNamespace(savefig=full))})
+    else:
+        monkeypatch.setattr("anomalib_spg.explanations.visualizer._write_records", full)
+    with pytest.raises(
+        OSError, match=r"Cannot write explanations to '.*explanations_of_pred.*No space left.*Free space"
+    ):
+        explain_predictions(tiny, tmp_path / "out", tmp_path / "x.png")
+    records = list((tmp_path / "out").rglob("explanations.json"))
+    assert [json.loads(path.read_text()) for path in records] == [UNFINISHED] * (when != "start")
+
+
+def test_examples_of_other_guides(tiny: SPG, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Numbers of atoms mean nothing in another dictionary: the file is named, and its patches are not shown."""
+    Image.new("RGB", (50, 50)).save(tmp_path / "x.png")
+    own = tiny.visualizer._examples.save(tmp_path / "own.safetensors")
+    tiny.visualizer._examples.learned = "of another training"
+    other = tiny.visualizer._examples.save(tmp_path / "other.safetensors")
+    for path, fits in ((other, False), (own, True), (other, True)):  # the last falls back on those it had
+        caplog.clear()
+        tiny.visualizer.examples_path = path
+        explain_predictions(tiny, tmp_path / "out", tmp_path / "x.png")
+        assert (tiny.visualizer._examples is not None) == fits
+        assert ("lack example patches" in caplog.text) != fits
+        assert (f"'{path}' is not used" in caplog.text) == (path == other)
+    assert digest(tiny.model.bfloat16()) == tiny.visualizer._examples.learned
 
 
 def test_half_precision(tiny: SPG) -> None:
