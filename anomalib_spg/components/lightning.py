@@ -27,7 +27,7 @@ from .held_out import batches
 from .post_processor import GoodPartsPostProcessor
 from .pre_processor import default_pre_processor
 from .threshold import WEAK_PRIOR, Prior, logit
-from .unreadable import NameUnreadableImages
+from .unreadable import CheckImages
 
 logger = logging.getLogger(__name__)
 
@@ -119,13 +119,13 @@ class FrozenBackboneMixin(CompressBackboneOnly):
         return default_evaluator()
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Add callbacks: a table of decisions after predictions, and the names of images that cannot be read."""
+        """Add callbacks: a table of decisions after predictions, and a look at the images before a run."""
         callbacks = super().configure_callbacks()
         return [
             *(callbacks if isinstance(callbacks, Sequence) else [callbacks]),
             DecisionTable(),
-            NameUnreadableImages(),
             _RestoreTrainingSet(),
+            CheckImages(),  # the last, because it may raise another error when there was one
         ]
 
     @staticmethod
