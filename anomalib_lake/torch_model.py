@@ -192,7 +192,7 @@ class LAKEModel(nn.Module):
             in training mode the last structural layer's patch tokens ``(B, N, D)``.
 
         Raises:
-            ValueError: If a normal image is blank, or of another size than those before (training mode).
+            ValueError: If a normal image has another size than those before (training mode).
             RuntimeError: If there is no bank yet (evaluation mode).
         """
         if self.training:
@@ -268,12 +268,6 @@ class LAKEModel(nn.Module):
         return torch.softmax(similarity / self.temperature, dim=-1)[..., 1]
 
     def _store(self, images: torch.Tensor) -> torch.Tensor:
-        # A blank image is constant channel by channel.
-        spread = images.flatten(2).amax(dim=2) - images.flatten(2).amin(dim=2)
-        blank = (spread.amax(dim=1) == 0).nonzero().flatten().tolist()
-        if blank:
-            msg = f"Normal image {self.num_stored + blank[0]} (counted from 0) is blank: a single colour. Leave it out."
-            raise ValueError(msg)
         if self.text_weight > 0 and not self.backbone.has_weights:
             self._checkpoint = self._load_checkpoint()
         tokens, grid = self.tokens(images)
