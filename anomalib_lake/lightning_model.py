@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from anomalib.data import Batch
+from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule, MemoryBankMixin
 from anomalib.visualization import Visualizer
@@ -207,11 +207,11 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignor
             shown = ", ".join(self.normal_images[:8]) + (", ..." if len(self.normal_images) > 8 else "")
             logger.info("LAKE uses %d normal images: %s", len(self.normal_images), shown)
 
-    def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+    def training_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Store the patch tokens of a batch of normal images.
 
         Args:
-            batch (Batch): Normal images.
+            batch (ImageBatch): Normal images.
             *args: Additional arguments (unused).
             **kwargs: Additional keyword arguments (unused).
 
@@ -222,7 +222,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignor
         start = self.model.num_stored
         images = cast("torch.Tensor", batch.image)
         is_blank = (images.amax(dim=(2, 3)) == images.amin(dim=(2, 3))).all(dim=1).tolist()
-        blank = [path for path, found in zip(batch.image_path or (), is_blank, strict=False) if found]
+        blank = [path for path, found in zip(batch.image_path or [], is_blank, strict=False) if found]
         if blank:
             logger.warning(
                 "%d normal images are of a single colour: %s. If good parts do not look like that, leave them out.",

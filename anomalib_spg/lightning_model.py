@@ -30,7 +30,7 @@ from .explain import explain
 from .explanations.examples import Examples
 from .explanations.explanation import Explanation
 from .figures import plot_guides
-from .guides import Guides, read_guides
+from .guides import Guides, guides_fault, read_guides
 from .settings import GuideSettings
 from .synthesis import AnomalySynthesizer
 from .token_store import GIB, TokenStore, memory_need
@@ -426,6 +426,22 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
             "weights": None,
             "guides_file": None,
         }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore component configuration, and refuse the checkpoint of another model, or a damaged one.
+
+        Raises:
+            ValueError: If an argument that determines the meaning of the tensors differs, or the guides contradict
+                themselves.
+        """
+        super().on_load_checkpoint(checkpoint)
+        prefix = "model.guides."
+        state = checkpoint.get("state_dict", {}).items()
+        tensors = {name.removeprefix(prefix): value for name, value in state if name.startswith(prefix)}
+        fault = guides_fault(tensors) if tensors else None  # Lightning names what is missing
+        if fault:
+            msg = f"The guides in the checkpoint are damaged: {fault}. Copy it again, or train SPG again."
+            raise ValueError(msg)
 
     def identity(self) -> dict[str, Any]:
         """Arguments that decide what a checkpoint's tensors mean."""
