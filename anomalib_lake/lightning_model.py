@@ -32,6 +32,7 @@ from .explain import explain
 from .figures import plot_neurons
 from .neurons import Normalization, Selection
 from .normal_images import draw_normal_images, image_labels
+from .text import prompts
 from .torch_model import DEFAULT_BACKBONE, LAKEModel
 
 logger = logging.getLogger(__name__)
@@ -166,6 +167,8 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignor
             temperature=temperature,
             sigma=sigma,
         )
+        if class_name is not None and self.model.text_weight > 0:
+            prompts(class_name, normal_prompts, anomalous_prompts)  # a mistake shows now, not after the images
 
     def setup(self, stage: str) -> None:
         """Before fitting, put the drawn normal images in the place of the training set, so that no other is decoded.

@@ -155,6 +155,12 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
         if not 0 <= hold_out < 1:
             msg = f"hold_out={hold_out} must lie in [0, 1): the share of good images that is not learned from."
             raise ValueError(msg)
+        if views < 1:
+            msg = f"views={views} must be at least 1: how many times anomalies are drawn on each normal image."
+            raise ValueError(msg)
+        if not memory_limit >= 0:
+            msg = f"memory_limit={memory_limit} must not be negative: the most GiB of memory that tokens may take."
+            raise ValueError(msg)
         settings = GuideSettings(
             dictionary=dictionary,
             num_atoms=num_atoms,
