@@ -57,7 +57,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignor
         image_size (int | tuple[int, int] | None): Size images are resized to. ``None`` is 448, or 518 for CLIP (ours).
         k_shot (int | None): Normal images to use, drawn with the seed; ``None`` for all. Defaults to 4 (ours).
         few_shot_source (str | Path | None): Folder of normal images to draw from instead of the training set.
-        num_neurons (int): Sensitive neurons per layer, K. Defaults to 100 (paper).
+        num_neurons (int): Sensitive neurons per layer, K, at least 2. Defaults to 100 (paper).
         selection (Literal["variance", "random", "lowest", "pca", "all"]): Rule that chooses them: variance (paper), or
             a control.
         normalization (Literal["after", "before", "none"]): Bring tokens to unit length after the selection (ours),

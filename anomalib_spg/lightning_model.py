@@ -82,7 +82,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
         sigma (float): Gaussian smoothing of the map in pixels; 0 for none. Defaults to 4 (paper).
         image_score (Literal["max", "top", "lse"]): How the map becomes a score: its maximum (paper), the mean of its
             top ``top_fraction``, or log-mean-exp. Defaults to ``"max"``.
-        top_fraction (float): Share of pixels for ``"top"``. Defaults to 0.01.
+        top_fraction (float): Share of pixels for ``"top"``, in (0, 1]. Defaults to 0.01.
         cls_weight (float): Weight of the score by the pooled token against that of the map. Defaults to 0 (paper).
         memory_limit (float): Most memory stored tokens and masks may take, in GiB. Defaults to 16 (ours).
         tokens_dir (str | Path | None): Folder where they go when they need more. It is emptied once the guides are
