@@ -60,6 +60,9 @@ class SensitiveNeurons(DynamicBufferMixin, nn.Module):
             if value not in known:
                 msg = f"{name}='{value}' is unknown; choose one of {', '.join(known)}."
                 raise ValueError(msg)
+        if count == 1 and selection != "all" and normalization == "after":
+            msg = "num_neurons=1 with normalization='after' leaves only a sign of each patch. Give at least 2."
+            raise ValueError(msg)
         self.count = count
         self.selection = selection
         self.normalization = normalization
@@ -89,8 +92,12 @@ class SensitiveNeurons(DynamicBufferMixin, nn.Module):
         if self.normalization == "before":
             tokens = F.normalize(tokens, dim=-1)
         variances = tokens.var(dim=0)
-        if not variances.isfinite().all() or variances.amax() <= 0:
-            msg = "The patch tokens of the normal images do not vary. Are the images blank, or a single patch in size?"
+        # Rounding alone makes equal tokens vary a little.
+        if not variances.isfinite().all() or variances.amax() <= 1e-9 * tokens.square().mean():
+            msg = (
+                "The patch tokens of the normal images do not vary, so that nothing can be learned from them. Are all "
+                "images of one colour, or a single patch in size? Give images of good parts."
+            )
             raise ValueError(msg)
         self.variances = variances
         order = variances.argsort(descending=True, stable=True)

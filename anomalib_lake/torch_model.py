@@ -62,7 +62,7 @@ class LAKEModel(nn.Module):
             towers; without text a file in timm's naming will do. Defaults to ``None``.
         image_size (tuple[int, int] | None): Height and width images are expected to have. Others work, slightly slower.
             ``None`` is the size the weights were trained with.
-        num_neurons (int): Sensitive neurons per layer, K. Defaults to 100 (paper).
+        num_neurons (int): Sensitive neurons per layer, K, at least 2. Defaults to 100 (paper).
         selection (str): Rule that chooses them: ``"variance"`` (paper), or a control: ``"random"``, ``"lowest"``,
             ``"pca"``, ``"all"``. See :class:`SensitiveNeurons`.
         normalization (str): Bring tokens to unit length ``"after"`` the selection (ours), ``"before"``, or ``"none"``.
@@ -120,12 +120,15 @@ class LAKEModel(nn.Module):
                 "text_weight out (it is 0 then), or choose one of timm.list_models('vit_*_clip_*')."
             )
             raise ValueError(msg)
-        if not temperature > 0:
-            msg = f"temperature={temperature} must be positive."
+        if not 0 < temperature < math.inf:
+            msg = f"temperature={temperature} must be a positive number."
             raise ValueError(msg)
         layers = list(layers) if layers is not None else default_layers(depth)
         if not layers:
             msg = "layers=[] is empty; give at least one block, or leave it out."
+            raise ValueError(msg)
+        if not -depth <= semantic_layer < depth:
+            msg = f"semantic_layer={semantic_layer} must be one of the blocks 0 to {depth - 1}, or -{depth} to -1."
             raise ValueError(msg)
         if not scales or any(scale < 1 or scale % 2 == 0 for scale in scales):
             msg = f"scales={list(scales)} must be odd positive numbers, at least one; 1 compares single patches."
@@ -140,6 +143,13 @@ class LAKEModel(nn.Module):
         )
         self.layers: list[int] = sorted({layer % depth for layer in layers})
         self.scales: list[int] = sorted(set(scales))
+        grid = [-(-side // self.backbone.patch_size) for side in self.backbone.image_size]
+        if self.scales[-1] > min(grid):
+            msg = (
+                f"scales={self.scales} must not exceed the {grid[0]}x{grid[1]} patches of an image. Leave the larger "
+                "ones out, or raise image_size."
+            )
+            raise ValueError(msg)
         self.semantic_layer = semantic_layer % depth
         if num_neurons > self.backbone.embed_dim and selection != "all":
             msg = f"num_neurons={num_neurons} exceeds the {self.backbone.embed_dim} channels of '{backbone}'."
@@ -160,7 +170,7 @@ class LAKEModel(nn.Module):
         # Row 0 normal, row 1 anomalous.
         self.register_buffer("text_embeddings", torch.zeros(2, self.backbone.vit.num_classes if text_weight > 0 else 0))
         self.text_embeddings: torch.Tensor
-        self.anomaly_map_generator = AnomalyMapGenerator(self.backbone.patch_size, sigma)
+        self.anomaly_map_generator = AnomalyMapGenerator(self.backbone.patch_size, sigma, self.backbone.image_size)
         self.forget()
         self._checkpoint: dict[str, torch.Tensor] | None = None
 
@@ -192,7 +202,7 @@ class LAKEModel(nn.Module):
             in training mode the last structural layer's patch tokens ``(B, N, D)``.
 
         Raises:
-            ValueError: If a normal image is blank, or of another size than those before (training mode).
+            ValueError: If a normal image has another size than those before (training mode).
             RuntimeError: If there is no bank yet (evaluation mode).
         """
         if self.training:
@@ -268,12 +278,6 @@ class LAKEModel(nn.Module):
         return torch.softmax(similarity / self.temperature, dim=-1)[..., 1]
 
     def _store(self, images: torch.Tensor) -> torch.Tensor:
-        # A blank image is constant channel by channel.
-        spread = images.flatten(2).amax(dim=2) - images.flatten(2).amin(dim=2)
-        blank = (spread.amax(dim=1) == 0).nonzero().flatten().tolist()
-        if blank:
-            msg = f"Normal image {self.num_stored + blank[0]} (counted from 0) is blank: a single colour. Leave it out."
-            raise ValueError(msg)
         if self.text_weight > 0 and not self.backbone.has_weights:
             self._checkpoint = self._load_checkpoint()
         tokens, grid = self.tokens(images)

@@ -30,7 +30,7 @@ from .explain import explain
 from .explanations.examples import Examples
 from .explanations.explanation import Explanation
 from .figures import plot_guides
-from .guides import Guides, read_guides
+from .guides import Guides, guides_fault, read_guides
 from .settings import GuideSettings
 from .synthesis import AnomalySynthesizer
 from .token_store import GIB, TokenStore, memory_need
@@ -82,7 +82,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
         sigma (float): Gaussian smoothing of the map in pixels; 0 for none. Defaults to 4 (paper).
         image_score (Literal["max", "top", "lse"]): How the map becomes a score: its maximum (paper), the mean of its
             top ``top_fraction``, or log-mean-exp. Defaults to ``"max"``.
-        top_fraction (float): Share of pixels for ``"top"``. Defaults to 0.01.
+        top_fraction (float): Share of pixels for ``"top"``, in (0, 1]. Defaults to 0.01.
         cls_weight (float): Weight of the score by the pooled token against that of the map. Defaults to 0 (paper).
         memory_limit (float): Most memory stored tokens and masks may take, in GiB. Defaults to 16 (ours).
         tokens_dir (str | Path | None): Folder where they go when they need more. It is emptied once the guides are
@@ -154,6 +154,12 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
     ) -> None:
         if not 0 <= hold_out < 1:
             msg = f"hold_out={hold_out} must lie in [0, 1): the share of good images that is not learned from."
+            raise ValueError(msg)
+        if views < 1:
+            msg = f"views={views} must be at least 1: how many times anomalies are drawn on each normal image."
+            raise ValueError(msg)
+        if not memory_limit >= 0:
+            msg = f"memory_limit={memory_limit} must not be negative: the most GiB of memory that tokens may take."
             raise ValueError(msg)
         settings = GuideSettings(
             dictionary=dictionary,
@@ -426,6 +432,22 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
             "weights": None,
             "guides_file": None,
         }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore component configuration, and refuse the checkpoint of another model, or a damaged one.
+
+        Raises:
+            ValueError: If an argument that determines the meaning of the tensors differs, or the guides contradict
+                themselves.
+        """
+        super().on_load_checkpoint(checkpoint)
+        prefix = "model.guides."
+        state = checkpoint.get("state_dict", {}).items()
+        tensors = {name.removeprefix(prefix): value for name, value in state if name.startswith(prefix)}
+        fault = guides_fault(tensors) if tensors else None  # Lightning names what is missing
+        if fault:
+            msg = f"The guides in the checkpoint are damaged: {fault}. Copy it again, or train SPG again."
+            raise ValueError(msg)
 
     def identity(self) -> dict[str, Any]:
         """Arguments that decide what a checkpoint's tensors mean."""

@@ -119,6 +119,11 @@ class Backbone(nn.Module):
             self.vit_arguments["num_classes"] = 0
         self.patch_size: int = _meta_vit(name).patch_embed.patch_size[0]
         if image_size is not None:
+            if any(-side % self.patch_size >= side for side in image_size):  # more to pad than there is to reflect
+                msg = (
+                    f"image_size={tuple(image_size)} is too small for patches of {self.patch_size} pixels of '{name}'."
+                )
+                raise ValueError(msg)
             self.vit_arguments["img_size"] = tuple(-(-size // self.patch_size) * self.patch_size for size in image_size)
         self.vit = timm.create_model(name, pretrained=False, **self.vit_arguments)
         self.vit.requires_grad_(requires_grad=False)

@@ -27,7 +27,7 @@ from .held_out import batches
 from .post_processor import GoodPartsPostProcessor
 from .pre_processor import default_pre_processor
 from .threshold import WEAK_PRIOR, Prior, logit
-from .unreadable import NameUnreadableImages
+from .unreadable import CheckImages
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +68,9 @@ class FrozenBackboneMixin(CompressBackboneOnly):
         """
         if image_size is None:
             return default_image_size(backbone)
-        sizes = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        if len(sizes) != 2 or min(sizes) < 1:
-            msg = f"image_size={image_size} must be a positive number of pixels, or height and width."
+        sizes = tuple(image_size) if isinstance(image_size, list | tuple) else (image_size, image_size)
+        if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
+            msg = f"image_size={image_size!r} must be a positive whole number of pixels, or height and width."
             raise ValueError(msg)
         return sizes[0], sizes[1]
 
@@ -119,13 +119,13 @@ class FrozenBackboneMixin(CompressBackboneOnly):
         return default_evaluator()
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Add callbacks: a table of decisions after predictions, and the names of images that cannot be read."""
+        """Add callbacks: a table of decisions after predictions, and a look at the images before a run."""
         callbacks = super().configure_callbacks()
         return [
             *(callbacks if isinstance(callbacks, Sequence) else [callbacks]),
             DecisionTable(),
-            NameUnreadableImages(),
             _RestoreTrainingSet(),
+            CheckImages(),  # the last, because it may raise another error when there was one
         ]
 
     @staticmethod

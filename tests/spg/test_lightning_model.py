@@ -114,6 +114,17 @@ def test_checkpoint_of_another_model(
         engine(tmp_path).test(build(**arguments), datamodule=data(mvtec), ckpt_path=trained[1].best_model_path)
 
 
+def test_checkpoint_with_damaged_guides(trained: tuple, tmp_path: Path) -> None:
+    """Numbers that are none, and vectors that are not those of the atoms, are seen when it is loaded."""
+    checkpoint = torch.load(trained[1].best_model_path, weights_only=True)
+    vectors = checkpoint["state_dict"]["model.guides.0.vectors"]
+    for damage, message in ((float("nan"), "not finite"), (0.0, "not the sums of their atoms")):
+        checkpoint["state_dict"]["model.guides.0.vectors"] = torch.cat([vectors[:3], vectors[3:] * damage])
+        torch.save(checkpoint, tmp_path / "damaged.ckpt")
+        with pytest.raises(ValueError, match=f"guides in the checkpoint are damaged: .*{message}"):
+            SPG.load_from_checkpoint(tmp_path / "damaged.ckpt")
+
+
 def test_guides_file_is_used_without_training(trained: tuple, mvtec: Path, tmp_path: Path) -> None:
     """SPG(guides_file=...) decides backbone, layer and size by itself, trains nothing, runs on another category."""
     path = Path(trained[1].trainer.default_root_dir) / "weights" / "guides.safetensors"
@@ -273,7 +284,7 @@ def test_unreadable_image_is_named(tmp_path: Path) -> None:
     root = make_mvtec(tmp_path / "data")
     broken = root / "brick/train/good/002.png"
     broken.write_bytes(broken.read_bytes()[:2000])
-    with pytest.raises(ValueError, match=r"Cannot read 1 of 12 images: .*train/good/002\.png"):
+    with pytest.raises(ValueError, match=r"Cannot read 1 of 16 files: .*train/good/002\.png"):
         engine(tmp_path).fit(model=build(), datamodule=data(root))
 
 
