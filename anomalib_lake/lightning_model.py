@@ -176,6 +176,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignor
         Raises:
             ValueError: If there are no normal images, or fewer than ``k_shot``.
         """
+        super().setup(stage)
         if stage == "fit" and self.seed is not None:
             seed_everything(self.seed, workers=True)
         datamodule: Any = getattr(self.trainer, "datamodule", None)
