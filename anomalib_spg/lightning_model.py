@@ -86,9 +86,9 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
         top_fraction (float): Share of pixels for ``"top"``. Defaults to 0.01.
         cls_weight (float): Weight of the score by the pooled token against that of the map. Defaults to 0 (paper).
         memory_limit (float): Most memory stored tokens and masks may take, in GiB. Defaults to 16 (ours).
-        tokens_dir (str | Path | None): Folder where they go when they need more. It is emptied once the guides are
-            saved; if a run is interrupted, the same command goes on from what it left. ``None`` refuses instead.
-            Defaults to ``"tokens"`` (ours).
+        tokens_dir (str | Path | None): Folder where they go when they need more. A run deletes its own once the
+            guides are saved; if it is interrupted, the same command goes on from what it left. ``None`` refuses
+            instead. Defaults to ``"tokens"`` (ours).
         false_alarm_rate (float | None): Share of good parts that may be rejected. ``None`` is 0.08 (ours), or what a
             checkpoint was trained with. Defaults to ``None``.
         pixel_false_alarm_rate (float | None): Share of the pixels of good parts that may exceed the pixel threshold.
@@ -227,7 +227,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
             raise ValueError(msg)
         if stage == "fit":
             self.begin_fit()
-            self.model.store.clear()  # what a fit that failed has left in memory
+            self.model.store = TokenStore()  # forget what a fit that failed has left in memory
         if stage == "fit" and datamodule is not None:
             self._hold_out(datamodule)
         if stage == "fit" and self.trainer.world_size > 1:
@@ -289,10 +289,16 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
         names = [name for column in ("image_path", "mask_path") for name in samples.get(column, ()) if name]
         paths = [Path(name) for name in [*names, self.model.backbone.weights] if isinstance(name, str | Path)]
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime) for path in sorted(paths) if path.is_file()]
+        synthesizer = self.synthesizer
+        drawn = {"views": self.views, "synthesizer": [str(type(synthesizer)), getattr(synthesizer, "__dict__", "")]}
         return {
             **self.identity(),
+            "parameters": self.model.backbone.fingerprint(),
             "input_size": self.input_size,
-            "views": None if self._is_labelled(dataset) else self.views,
+            "transform": repr(getattr(self.pre_processor, "transform", None)),
+            "augmentations": repr(getattr(dataset, "augmentations", None)),
+            "precision": str(self.trainer.precision),
+            "drawn": None if self._is_labelled(dataset) else drawn,
             "seed": self.seed,
             "process": [self.trainer.global_rank, self.trainer.world_size],
             "files": stats,
