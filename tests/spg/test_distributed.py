@@ -151,7 +151,7 @@ def test_all_processes_hold_out_the_same_images(tmp_path: Path) -> None:
     images = make_mvtec(tmp_path / "images", ("brick",), count=12)
     model = build()
 
-    def of_the_first(_: Any, value: Any, src: int = 0) -> Any:
+    def of_the_first(_: Any, value: Any, *_args: Any) -> Any:
         return [1, 4, 7] if isinstance(value, list) and len(value) == 3 else value
 
     with (
