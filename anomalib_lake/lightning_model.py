@@ -177,8 +177,15 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignor
             stage (str): Stage of the trainer.
 
         Raises:
-            ValueError: If there are no normal images, or fewer than ``k_shot``.
+            ValueError: If there are no normal images, or fewer than ``k_shot``, or there are several processes.
         """
+        if stage == "fit" and self.trainer.world_size > 1:
+            msg = (
+                f"LAKE compares with a few normal images, which one process passes; this run has "
+                f"{self.trainer.world_size}. Fit it with --trainer.devices 1 (and one node)."
+            )
+            raise ValueError(msg)
+        super().setup(stage)
         if stage == "fit" and self.seed is not None:
             seed_everything(self.seed, workers=True)
         datamodule: Any = getattr(self.trainer, "datamodule", None)
@@ -235,7 +242,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignor
         self.model(images)
         if self.examples is not None:
             self.examples.add(images, self.model.backbone.mean, self.model.backbone.std, start)
-        return torch.tensor(0.0, requires_grad=True, device=self.device)
+        return self.no_loss()
 
     def fit(self) -> None:
         """Choose the sensitive neurons and fill the banks from the stored tokens."""

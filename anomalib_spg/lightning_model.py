@@ -25,6 +25,7 @@ from tqdm import tqdm
 from .components.backbone import DEFAULT_BACKBONE, Tokens
 from .components.held_out import ENOUGH, MOST, choose, good_validation_images
 from .components.lightning import FrozenBackboneMixin
+from .components.precision import full_precision
 from .components.threshold import Prior
 from .explain import explain
 from .explanations.examples import Examples
@@ -85,9 +86,9 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
         top_fraction (float): Share of pixels for ``"top"``, in (0, 1]. Defaults to 0.01.
         cls_weight (float): Weight of the score by the pooled token against that of the map. Defaults to 0 (paper).
         memory_limit (float): Most memory stored tokens and masks may take, in GiB. Defaults to 16 (ours).
-        tokens_dir (str | Path | None): Folder where they go when they need more. It is emptied once the guides are
-            saved; if a run is interrupted, the same command goes on from what it left. ``None`` refuses instead.
-            Defaults to ``"tokens"`` (ours).
+        tokens_dir (str | Path | None): Folder where they go when they need more. A run deletes its own once the
+            guides are saved; if it is interrupted, the same command goes on from what it left. ``None`` refuses
+            instead. Defaults to ``"tokens"`` (ours).
         false_alarm_rate (float | None): Share of good parts that may be rejected. ``None`` is 0.08 (ours), or what a
             checkpoint was trained with. Defaults to ``None``.
         pixel_false_alarm_rate (float | None): Share of the pixels of good parts that may exceed the pixel threshold.
@@ -223,6 +224,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
         Raises:
             ValueError: If there are no training images.
         """
+        super().setup(stage)
         if stage == "fit" and self.seed is not None:
             seed_everything(self.seed, workers=True)
         datamodule: Any = getattr(self.trainer, "datamodule", None)
@@ -231,13 +233,9 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
             raise ValueError(msg)
         if stage == "fit":
             self.begin_fit()
-            self.model.store.clear()  # what a fit that failed has left in memory
+            self.model.store = TokenStore()  # forget what a fit that failed has left in memory
         if stage == "fit" and datamodule is not None:
             self._hold_out(datamodule)
-        if stage == "fit" and self.trainer.world_size > 1:
-            # DistributedDataParallel refuses a module without trainable parameters, and SPG has none: its stages
-            # all-reduce their own gradients. So one small frozen parameter is declared trainable; its gradient is zero.
-            min(self.model.backbone.parameters(), key=torch.Tensor.numel).requires_grad_()
 
     def _hold_out(self, datamodule: Any) -> None:  # noqa: ANN401  # any of anomalib's datamodules
         dataset = datamodule.train_data
@@ -245,12 +243,16 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
         if self._is_labelled(dataset) or good_validation_images(datamodule) >= ENOUGH:
             return
         everything = list(range(len(dataset)))
+
+        def chosen(count: int) -> list[int]:  # by the first process, whose seed may be another
+            return self.trainer.strategy.broadcast(choose(everything, count))
+
         if self.guides_file is not None:
-            self.held_out = dataset.subsample(choose(everything, MOST))
+            self.held_out = dataset.subsample(chosen(MOST))
         elif len(dataset) < FEWEST or self.hold_out == 0:
-            self._learned = dataset.subsample(choose(everything, MOST))
+            self._learned = dataset.subsample(chosen(MOST))
         else:
-            held_out = choose(everything, min(MOST, max(1, int(len(dataset) * self.hold_out))))
+            held_out = chosen(min(MOST, max(1, int(len(dataset) * self.hold_out))))
             self.held_out = dataset.subsample(held_out)
             learned = dataset.subsample(sorted(set(everything) - set(held_out)))
             self._learned = learned if len(held_out) < ENOUGH else None
@@ -293,10 +295,16 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
         names = [name for column in ("image_path", "mask_path") for name in samples.get(column, ()) if name]
         paths = [Path(name) for name in [*names, self.model.backbone.weights] if isinstance(name, str | Path)]
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime) for path in sorted(paths) if path.is_file()]
+        synthesizer = self.synthesizer
+        drawn = {"views": self.views, "synthesizer": [str(type(synthesizer)), getattr(synthesizer, "__dict__", "")]}
         return {
             **self.identity(),
+            "parameters": self.model.backbone.fingerprint(),
             "input_size": self.input_size,
-            "views": None if self._is_labelled(dataset) else self.views,
+            "transform": repr(getattr(self.pre_processor, "transform", None)),
+            "augmentations": repr(getattr(dataset, "augmentations", None)),
+            "precision": str(self.trainer.precision),
+            "drawn": None if self._is_labelled(dataset) else drawn,
             "seed": self.seed,
             "process": [self.trainer.global_rank, self.trainer.world_size],
             "files": stats,
@@ -345,14 +353,13 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
                     masks = cast("torch.Tensor", batch.gt_mask)[new]
                     labels = cast("torch.Tensor", batch.gt_label)[new]
                 else:
-                    images, masks = self.synthesizer(images)
+                    with full_precision(images.device):
+                        images, masks = self.synthesizer(images)
                 start = len(self.model.store)
                 self.model(images, masks, labels, new_names)
                 if self.examples is not None:
                     self.examples.add(images, self.model.backbone.mean, self.model.backbone.std, start, new_names)
-        trained = [parameter.sum() for parameter in self.model.parameters() if parameter.requires_grad]
-        zero = torch.tensor(0.0, requires_grad=True, device=self.device)
-        return 0 * sum(trained, start=zero) if trained else zero
+        return self.no_loss()
 
     def fit(self) -> None:
         """Learn dictionary and guides from the stored tokens, and save the guides file."""

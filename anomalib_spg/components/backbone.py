@@ -7,6 +7,7 @@ Any timm ViT with patch tokens serves. The four published ones are
 ``vit_large_patch14_clip_quickgelu_336.openai`` and ``vit_large_patch16_siglip_384.webli``.
 """
 
+import hashlib
 import logging
 import sys
 from collections.abc import Sequence
@@ -170,6 +171,16 @@ class Backbone(nn.Module):
             self.vit.load_state_dict(source.state_dict())
         self.has_weights = True
 
+    def fingerprint(self) -> str:
+        """Digest of some values of every parameter, by which other weights are told apart.
+
+        Returns:
+            str: Hexadecimal digits.
+        """
+        self.load_weights()
+        values = torch.cat([parameter.detach().flatten()[:64].float().cpu() for parameter in self.vit.parameters()])
+        return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
+
     def load_state(self, state: dict[str, Any], source: str | Path) -> None:
         """Load weights strictly; timm's own loader ignores missing keys where the head is left out.
 
@@ -209,7 +220,8 @@ class Backbone(nn.Module):
             images (torch.Tensor): Normalised images ``(B, 3, H, W)``, or grey ones ``(B, 1, H, W)``.
 
         Returns:
-            Tokens: Patch tokens and pooled token per layer, and the patch grid ``(ceil(H / p), ceil(W / p))``.
+            Tokens: Patch tokens and pooled token per layer, in the precision of the weights also under autocast, and
+            the patch grid ``(ceil(H / p), ceil(W / p))``.
         """
         if not torch.compiler.is_compiling():
             self.load_weights()
@@ -245,7 +257,8 @@ class Backbone(nn.Module):
                     pool = patch.mean(dim=1)
                 patches.append(self.vit.head(patch) if self.project else patch)
                 pooled.append(self.vit.head(pool) if self.project else pool)
-        return Tokens(patches, pooled, grid)
+        dtype = next(self.vit.parameters()).dtype  # autocast may have left tokens in half precision
+        return Tokens([tokens.to(dtype) for tokens in patches], [tokens.to(dtype) for tokens in pooled], grid)
 
     def embed(self, patches: torch.Tensor) -> torch.Tensor:
         """Apply final norm (and CLIP's visual projection) to raw tokens.

@@ -4,7 +4,7 @@
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from .backbone import DEFAULT_BACKBONE, default_image_size
@@ -26,6 +27,7 @@ from .export import finish_openvino
 from .held_out import batches
 from .post_processor import GoodPartsPostProcessor
 from .pre_processor import default_pre_processor
+from .precision import check_precision
 from .threshold import WEAK_PRIOR, Prior, logit
 from .unreadable import CheckImages
 
@@ -137,11 +139,61 @@ class FrozenBackboneMixin(CompressBackboneOnly):
         """Export to ONNX as anomalib does, but in operator set 18: 14, its default, has no antialiased resize."""
         return super().to_onnx(*args, **{"opset_version": 18, **kwargs})
 
+    def optimizer_step(  # type: ignore[override]  # noqa: PLR6301  # Lightning calls it on the instance
+        self, epoch: int, batch_idx: int, optimizer: object, optimizer_closure: Callable[[], object]
+    ) -> None:
+        """Run the training step only: without an optimiser, the gradient scaler of ``16-mixed`` would find nothing."""
+        del epoch, batch_idx, optimizer
+        optimizer_closure()
+
     def to_openvino(self, *args: Any, **kwargs: Any) -> Path:
         """Export to OpenVINO as anomalib does; see :func:`finish_openvino` for what is different."""
         path = super().to_openvino(*args, **kwargs)
         finish_openvino(path, self.model.backbone)
         return path
+
+    def setup(self, stage: str) -> None:
+        """Refuse what would go wrong in silence, before anything is computed.
+
+        Args:
+            stage (str): Stage of the trainer.
+
+        Raises:
+            ValueError: If the precision would round more than the backbone, or several processes have divided the
+                images differently.
+        """
+        super().setup(stage)
+        check_precision(str(self.trainer.precision))
+        if self.trainer.world_size > 1:
+            self._check_images()
+        if stage == "fit" and isinstance(self.trainer.strategy, DDPStrategy):
+            # DistributedDataParallel refuses a module without trainable parameters, and a frozen backbone has none. So
+            # one small parameter is declared trainable; :meth:`no_loss` gives it a gradient of zero.
+            min(self.model.backbone.parameters(), key=torch.Tensor.numel).requires_grad_()
+
+    def _check_images(self) -> None:
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        sets = [getattr(datamodule, f"{name}_data", None) for name in ("train", "val", "test")]
+        samples = [getattr(images, "samples", {}) for images in sets]
+        mine = [[Path(path).parts[-3:] for path in known.get("image_path", ())] for known in samples]
+        everywhere: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(everywhere, mine)
+        if any(other != mine for other in everywhere):
+            msg = (
+                f"The {self.trainer.world_size} processes have divided the images differently into those for training, "
+                "validation and test, so that some would be learned from and tested. Give the datamodule a seed "
+                "(--data.seed <n>), or use one process (--trainer.devices 1)."
+            )
+            raise ValueError(msg)
+
+    def no_loss(self) -> torch.Tensor:
+        """Zero, with a gradient of zero for what is declared trainable.
+
+        Returns:
+            torch.Tensor: What a training step returns to Lightning.
+        """
+        trained = [parameter.sum() for parameter in self.model.parameters() if parameter.requires_grad]
+        return 0 * sum(trained, start=torch.tensor(0.0, requires_grad=True, device=self.device))
 
     def begin_fit(self) -> None:
         """Make every fit learn: the object may have been fitted before, or left in evaluation mode by an error."""
