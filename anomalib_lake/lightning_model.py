@@ -38,7 +38,7 @@ from .torch_model import DEFAULT_BACKBONE, LAKEModel
 logger = logging.getLogger(__name__)
 
 
-class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore[misc]  # as AnomalibModule itself
+class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
     """LAKE: Latent Anomaly Knowledge Excavation.
 
     Training-free. A few normal images show which neurons of a frozen foundation model are sensitive; how far a patch

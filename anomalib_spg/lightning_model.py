@@ -43,7 +43,7 @@ FEWEST = 8  # good images from which on some are held out
 OWN_IMAGES = 0.15  # by how much images it has learned from score less than new ones, on the logit scale (measured)
 
 
-class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore[misc]  # as AnomalibModule itself
+class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
     """SPG: Sparse-Projected Guides.
 
     A sparse autoencoder's dictionary over the patch tokens of a frozen foundation model, and four sparse guides written

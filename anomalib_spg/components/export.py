@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Exported OpenVINO models resize as torch does, and keep single precision behind the backbone."""
+"""Exported models compute what torch does: they resize as it does, and in single precision behind the backbone."""
 
 from collections.abc import Collection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree as ET  # noqa: S405  # the file has been written by this process
 
 import numpy as np
+from anomalib.deploy import ExportType
+from anomalib.models.components.base.export_mixin.utils import create_export_root
 
 from .backbone import Backbone
-from .compression import head_operations
+from .compression import CompressBackboneOnly, head_operations
 
 if TYPE_CHECKING:
     from openvino import Model, Node
@@ -18,7 +21,21 @@ if TYPE_CHECKING:
 ROWS = 32  # output rows resized by one product: more multiply more zeros, fewer are more products
 
 
-def finish_openvino(path: str | Path, backbone: Backbone) -> None:
+class ExactExports(CompressBackboneOnly):
+    """Mixin of an anomalib model whose ``model.backbone`` is a :class:`Backbone`; goes before ``AnomalibModule``."""
+
+    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override]  # anomalib's is not Lightning's
+        """Export to ONNX as anomalib does, but in operator set 18: 14, its default, has no antialiased resize."""
+        return super().to_onnx(*args, **{"opset_version": 18, **kwargs})
+
+    def to_openvino(self, export_root: Path | str, *args: Any, **kwargs: Any) -> Path:
+        """Export to OpenVINO as anomalib does; see :func:`finish_openvino` for what is different."""
+        with TemporaryDirectory() as folder:
+            path = super().to_openvino(folder, *args, **kwargs)
+            return finish_openvino(path, create_export_root(export_root, ExportType.OPENVINO), self.model.backbone)
+
+
+def finish_openvino(path: Path, folder: Path, backbone: Backbone) -> Path:
     """Make an exported OpenVINO model compute what torch does.
 
     Its resize gets the antialiasing that its graph asks for, see :func:`antialias_resize`. Resize, distances or
@@ -26,22 +43,26 @@ def finish_openvino(path: str | Path, backbone: Backbone) -> None:
     :func:`keep_float32`; the backbone takes the runtime's.
 
     Args:
-        path (str | Path): The ``.xml`` file; it and the ``.bin`` beside it are replaced.
+        path (Path): The ``.xml`` file as it was exported.
+        folder (Path): Where the finished ``.xml`` and ``.bin`` go. Files there are replaced at once, because a program
+            that uses them maps them.
         backbone (Backbone): The model's backbone.
+
+    Returns:
+        Path: The finished ``.xml`` file.
     """
     import openvino as ov
 
-    path = Path(path)
     model = ov.Core().read_model(path)
     names = antialias_resize(model)
     write_out(model, head_operations(model, backbone))
     names += head_operations(model, backbone)
-    temporary = path.with_name(f".{path.stem}.tmp.xml")
+    temporary = folder / f".{path.stem}.tmp.xml"
     ov.save_model(model, temporary, compress_to_fp16=False)
-    del model  # it maps the file that is replaced now
     keep_float32(temporary, names)
     for suffix in (".bin", ".xml"):
-        temporary.with_suffix(suffix).replace(path.with_suffix(suffix))
+        temporary.with_suffix(suffix).replace(folder / f"{path.stem}{suffix}")
+    return folder / path.name
 
 
 def antialias_resize(model: "Model") -> list[str]:

@@ -20,10 +20,9 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from .backbone import DEFAULT_BACKBONE, default_image_size
 from .checkpoint import check_identity
-from .compression import CompressBackboneOnly
 from .decisions import DecisionTable
 from .evaluator import default_evaluator
-from .export import finish_openvino
+from .export import ExactExports
 from .held_out import batches
 from .post_processor import GoodPartsPostProcessor
 from .pre_processor import default_pre_processor
@@ -34,7 +33,7 @@ from .unreadable import CheckImages
 logger = logging.getLogger(__name__)
 
 
-class FrozenBackboneMixin(CompressBackboneOnly):
+class FrozenBackboneMixin(ExactExports):
     """Mixin of an anomalib model whose ``model.backbone`` is a :class:`Backbone`; goes before ``AnomalibModule``.
 
     Attributes:
@@ -135,22 +134,12 @@ class FrozenBackboneMixin(CompressBackboneOnly):
         """Return no optimiser: learning uses stored tokens, after the pass over the images."""
         return
 
-    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:
-        """Export to ONNX as anomalib does, but in operator set 18: 14, its default, has no antialiased resize."""
-        return super().to_onnx(*args, **{"opset_version": 18, **kwargs})
-
     def optimizer_step(  # type: ignore[override]  # noqa: PLR6301  # Lightning calls it on the instance
         self, epoch: int, batch_idx: int, optimizer: object, optimizer_closure: Callable[[], object]
     ) -> None:
         """Run the training step only: without an optimiser, the gradient scaler of ``16-mixed`` would find nothing."""
         del epoch, batch_idx, optimizer
         optimizer_closure()
-
-    def to_openvino(self, *args: Any, **kwargs: Any) -> Path:
-        """Export to OpenVINO as anomalib does; see :func:`finish_openvino` for what is different."""
-        path = super().to_openvino(*args, **kwargs)
-        finish_openvino(path, self.model.backbone)
-        return path
 
     def setup(self, stage: str) -> None:
         """Refuse what would go wrong in silence, before anything is computed.

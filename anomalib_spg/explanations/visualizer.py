@@ -30,7 +30,7 @@ from .report import RECORDS, UNFINISHED, write_report
 if TYPE_CHECKING:
     from anomalib_spg.components.lightning import FrozenBackboneMixin
 
-    class _Model(FrozenBackboneMixin, ExplainableModel):  # type: ignore[misc]  # as AnomalibModule itself
+    class _Model(FrozenBackboneMixin, ExplainableModel):
         """What :meth:`ExplanationVisualizer.setup` lets through."""
 
 
