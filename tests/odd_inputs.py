@@ -4,17 +4,12 @@
 
 import io
 import json
-import multiprocessing
 import os
-import pickle
-import resource
 import shutil
-import signal
 import struct
-import traceback
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +19,11 @@ import cv2
 import numpy as np
 import tifffile
 import torch
+import yaml
 from anomalib.data import Folder
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from anomalib_lake import LAKE
 from anomalib_spg import SPG, AuxiliaryTarget
@@ -140,31 +137,6 @@ def labelled(folder: Path, **auxiliary: Any) -> AuxiliaryTarget:
     )
 
 
-# What must hold after a run, whatever came of it
-
-
-def hashes(*folders: Path) -> dict[Path, int]:
-    """Checksum of every file below some folders, links followed no further than files."""
-    files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
-    return {path: zlib.crc32(path.read_bytes()) for path in files}
-
-
-def check_whole(paths: list[Path]) -> None:
-    """What was written is complete: no temporary files, and each opens as what it is called."""
-    for path in paths:
-        assert not path.name.endswith((".tmp", ".part")), f"a temporary file is left: {path}"
-        assert path.stat().st_size > 0 or path.suffix in {".log", ".lock"}, f"an empty file is left: {path}"
-        if path.suffix == ".ckpt":
-            assert "state_dict" in torch.load(path, weights_only=True, map_location="cpu")
-        elif path.suffix == ".safetensors":
-            load_tensors(path)
-        elif path.suffix in {".png", ".jpg"}:
-            with Image.open(path) as image:
-                image.load()
-        elif path.suffix == ".json":
-            json.loads(path.read_text(encoding="utf-8"))
-
-
 # Images
 
 
@@ -229,7 +201,9 @@ def bomb(width: int = 60_000, height: int = 60_000) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 999)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 999)) + chunk(b"IEND", b"")
+    )
 
 
 def scrambled() -> bytes:
@@ -341,18 +315,15 @@ def below_a_file(name: str) -> Callable[[Case], Path]:
 
 
 def guides_with(
-    change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None], name: str = "odd.safetensors"
+    change: Callable[[dict[str, torch.Tensor], dict[str, str]], Any], name: str = "odd.safetensors"
 ) -> Callable[[Case], Path]:
-    """The guides file with other tensors or metadata; metadata are plain values here, JSON in the file."""
+    """The guides file with other tensors or texts in its header."""
 
     def write(case: Case) -> Path:
         tensors, header = load_tensors(case.made.guides)
         tensors = {key: tensor.clone() for key, tensor in tensors.items()}
-        plain = {key: value if key in {"format", "version"} else json.loads(value) for key, value in header.items()}
-        change(tensors, plain)
-        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in plain.items()}
-        texts |= {key: json.dumps(value) for key, value in plain.items() if key in {"backbone", "category"}}
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, case.folder / name, texts)
+        change(tensors, header)
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, case.folder / name, header)
         return case.folder / name
 
     return write
@@ -364,21 +335,21 @@ def checkpoint_with(source: str, change: Callable[[dict[str, Any]], Any]) -> Cal
     def write(case: Case) -> Path:
         content = torch.load(getattr(case.made, source), weights_only=True)
         changed = change(content)
-        torch.save(content if changed is None else changed, case.folder / "odd.ckpt")
+        torch.save(changed if isinstance(changed, dict) else content, case.folder / "odd.ckpt")
         return case.folder / "odd.ckpt"
 
     return write
 
 
 def weights_with(
-    change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor] | None], name: str = "odd.safetensors"
+    change: Callable[[dict[str, torch.Tensor]], Any], name: str = "odd.safetensors"
 ) -> Callable[[Case], Path]:
     """The backbone's weights file with something else in it."""
 
     def write(case: Case) -> Path:
         state = {key: tensor.clone() for key, tensor in load_tensors(case.made.weights)[0].items()}
         changed = change(state)
-        save_file(state if changed is None else changed, case.folder / name)
+        save_file(changed if isinstance(changed, dict) else state, case.folder / name)
         return case.folder / name
 
     return write
@@ -402,84 +373,6 @@ def trap(name: str) -> Callable[[Case], Path]:
     return write
 
 
-# Processes
-
-
-class Killed(Exception):  # noqa: N818  # a fact, not a mistake
-    """A process was ended by a signal."""
-
-
-def in_a_process(act: Callable[[], Any], *, largest_file: int | None = None, timeout: float = 60) -> None:
-    """Run something in a process of its own, and raise here what it raises there.
-
-    Args:
-        act (Callable): What to run; the process is forked, so anything will do.
-        largest_file (int | None): No file can grow beyond this many bytes, as on a full disk.
-        timeout (float): Seconds after which it is given up.
-    """
-    start(act, largest_file).wait(timeout)
-
-
-class Process:
-    """A forked process that tells what it raised."""
-
-    def __init__(self, act: Callable[[], Any], largest_file: int | None) -> None:
-        context = multiprocessing.get_context("fork")
-        self.ours, theirs = context.Pipe()
-        self.process = context.Process(target=_run, args=(act, theirs, largest_file), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def wait(self, timeout: float = 60) -> None:
-        """Wait for the end; raise what it raised, or :class:`Killed`."""
-        said = None
-        if self.ours.poll(timeout):
-            try:
-                said = self.ours.recv()
-            except EOFError:
-                said = None
-        self.process.join(10)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
-            msg = f"the process did not end in {timeout} seconds"
-            raise TimeoutError(msg)
-        if self.process.exitcode is not None and self.process.exitcode < 0:
-            raise Killed(signal.Signals(-self.process.exitcode).name)
-        if said is not None:
-            raise said
-
-
-def start(act: Callable[[], Any], largest_file: int | None = None) -> Process:
-    """Start a process; see :func:`in_a_process`."""
-    return Process(act, largest_file)
-
-
-def _run(act: Callable[[], Any], pipe: Any, largest_file: int | None) -> None:
-    torch.set_num_threads(1)  # threads do not survive a fork
-    said: BaseException | None = None
-    try:
-        if largest_file is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-        act()
-    except BaseException as exception:  # noqa: BLE001  # told to the other side, whatever it is
-        said = exception
-        try:
-            pickle.loads(pickle.dumps(exception))
-        except Exception:  # noqa: BLE001
-            said = RuntimeError("".join(traceback.format_exception(exception)))
-    pipe.send(said)
-    pipe.close()
-    os._exit(0)
-
-
-@contextmanager
-def signal_at(place: str, number: int) -> Iterator[None]:
-    """Send this process a signal where a function is called: power off, or Ctrl+C."""
-    with patch(place, side_effect=lambda *_, **__: os.kill(os.getpid(), number)):
-        yield
-
-
 # Parts with masks, and runs that ended early
 
 
@@ -496,7 +389,7 @@ def parts_and_masks(change: Callable[[Path], Any] = lambda _: None) -> Callable[
     return write
 
 
-def tested(root: Path, **arguments: Any) -> Folder:
+def with_bad_parts(root: Path, **arguments: Any) -> Folder:
     """A folder with good and bad parts, half of which are tested."""
     defaults = {"root": root, "normal_dir": "good", "num_workers": 0, "val_split_mode": "same_as_test"}
     return Folder("my_part", **{**defaults, **arguments})
@@ -515,5 +408,161 @@ def interrupted(damage: Callable[[list[Path]], Any] = lambda _: None, **argument
         assert len(files) > 2
         damage(files)
         return path
+
+    return write
+
+
+def linked(case: Case) -> Path:
+    """Images by symbolic links."""
+    (case.folder / "images").mkdir()
+    for path in case.good(2).iterdir():
+        (case.folder / "images" / f"link_{path.name}").symlink_to(path)
+    return case.folder / "images"
+
+
+def dangling(case: Case) -> Path:
+    """A link to nothing beside an image."""
+    (case.good(1, "images") / "odd.png").symlink_to(case.folder / "gone.png")
+    return case.folder / "images"
+
+
+def looped(case: Case) -> Path:
+    """A link to the folder that it is in."""
+    (case.good(2, "images") / "again").symlink_to(case.folder / "images")
+    return case.folder / "images"
+
+
+def folder_called_png(case: Case) -> Path:
+    """A folder with the name of an image, beside images."""
+    (case.good(2, "images") / "odd.png").mkdir()
+    return case.folder / "images"
+
+
+def linked_folder(case: Case) -> Path:
+    """A link to the folder of good parts."""
+    (case.folder / "link").symlink_to(case.good(), target_is_directory=True)
+    return case.folder / "link"
+
+
+def few(count: int) -> Callable[[Case], Path]:
+    """So many good parts."""
+    return lambda case: case.good(count)
+
+
+def mask(change: Callable[[Path], Any]) -> Callable[[Case], Path]:
+    """Parts with masks, one of which is changed."""
+    return parts_and_masks(lambda at: change(at / "masks/1.png"))
+
+
+def as_mask(convert: Callable[[Image.Image], Any]) -> Callable[[Case], Path]:
+    """Parts with masks, one of which is written in an odd way."""
+    return mask(lambda path: write_image(path, convert(Image.open(path).copy())))
+
+
+def other(**values: Any) -> Callable[[Case], Path]:
+    """The guides file with other metadata; ``None`` leaves one out."""
+
+    def change(_: Any, header: dict[str, str]) -> None:
+        for name, value in values.items():
+            if value is None:
+                del header[name]
+            else:
+                header[name] = value if name == "version" else json.dumps(value)
+
+    return guides_with(change)
+
+
+def tensor(name: str, change: Callable[[torch.Tensor], Any]) -> Callable[[Case], Path]:
+    """The guides file with another tensor."""
+    return guides_with(lambda tensors, _: tensors.update({f"0.{name}": change(tensors[f"0.{name}"])}))
+
+
+def one_number(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The tensor with its first number replaced."""
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor.view(-1)[0] = value
+        return tensor
+
+    return change
+
+
+def without_header(files: list[Path]) -> None:
+    """A token file of which only the numbers are left."""
+    save_file(load_file(files[1]), files[1])
+
+
+def with_numbers(value: float) -> Callable[[list[Path]], None]:
+    """Token files with a number replaced."""
+
+    def change(files: list[Path]) -> None:
+        with safe_open(files[1], "pt") as opened:
+            header = opened.metadata()
+        tensors = {name: tensor.clone() for name, tensor in load_file(files[1]).items()}
+        tensors["patches.0"].view(-1)[0] = value
+        save_file(tensors, files[1], header)
+
+    return change
+
+
+def checkpoint(change: Callable[[dict[str, Any]], Any]) -> Callable[[Case], Path]:
+    """LAKE's checkpoint with something else in it."""
+    return checkpoint_with("lake_checkpoint", change)
+
+
+def saved(kind: type, **arguments: Any) -> Callable[[Case], Path]:
+    """The checkpoint of a model that never learned."""
+
+    def write(case: Case) -> Path:
+        run = quiet_engine(case.folder / "results", max_epochs=0)
+        run._setup_trainer(build(kind, **arguments))
+        run.trainer.strategy.connect(build(kind, **arguments))
+        run.trainer.save_checkpoint(case.folder / "odd.ckpt")
+        return case.folder / "odd.ckpt"
+
+    return write
+
+
+def not_numbers(key: str) -> Callable[[dict[str, Any]], Any]:
+    """NaN in one of a checkpoint's tensors."""
+    return lambda content: content["state_dict"][key].fill_(float("nan"))
+
+
+def train(*arguments: Any, model: str = "LAKE", **config: Any) -> Callable[[Case], list[Any]]:
+    """Arguments of `anomalib train` on a folder, with a config of the quick model, changed."""
+
+    def write(case: Case) -> list[Any]:
+        chosen = {"backbone": VIT, "pre_trained": False, "layers": [1, 3], "image_size": SIZE, "visualizer": False}
+        chosen |= {"k_shot": 2, "num_neurons": 20} if model == "LAKE" else {}
+        folders = {"name": "part", "root": str(case.folder), "normal_dir": case.good(6).name, "num_workers": 0}
+        modes = {"test_split_mode": "none", "val_split_mode": "none"}
+        settings = {
+            "model": {"class_path": model, "init_args": chosen},
+            "data": {"class_path": "Folder", "init_args": {**folders, **modes}},
+            "trainer": {"limit_val_batches": 0, "accelerator": "cpu", "enable_progress_bar": False, "logger": False},
+            **config,
+        }
+        (case.folder / "config.yaml").write_text(yaml.safe_dump(settings))
+        return ["train", "--config", "config.yaml", *arguments]
+
+    return write
+
+
+def config(name: str, content: bytes) -> Callable[[Case], list[Any]]:
+    """`anomalib train` with that file as config."""
+
+    def write(case: Case) -> list[Any]:
+        file(name, content)(case)
+        return ["train", "--config", name]
+
+    return write
+
+
+def predicting(*arguments: Any) -> Callable[[Case], list[Any]]:
+    """`anomalib predict` with LAKE's checkpoint, and more arguments."""
+
+    def write(case: Case) -> list[Any]:
+        train()(case)
+        return ["predict", "--config", "config.yaml", "--ckpt_path", case.made.lake_checkpoint, *arguments]
 
     return write
