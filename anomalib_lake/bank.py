@@ -77,7 +77,7 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
         distances = self._leave_one_out(tokens, grid, kept)
         self.distance_scale = distances.quantile(QUANTILE)
         if not self.distance_scale > 2e-3 * tokens.norm(dim=-1).mean():  # what rounding alone gives
-            msg = "The normal images are copies of each other, or blank. Give images that differ."
+            msg = "The normal images are copies of each other, or all of one colour. Give images that differ."
             raise ValueError(msg)
         self.tokens = tokens[:, kept].flatten(0, 1).contiguous()
         self.image_indices = torch.arange(images, device=tokens.device).repeat_interleave(len(kept))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from einops import rearrange
 
+from anomalib_spg.components.precision import full_precision
 from anomalib_spg.explanations.explanation import Explanation
 
 from .bank import average_neighbors
@@ -46,6 +47,11 @@ def explain(model: LAKEModel, tokens: Tokens, image_size: tuple[int, int]) -> li
         >>> torch.allclose(explanation.contributions.sum(), model(images).pred_score[0], atol=1e-5)
         True
     """
+    with full_precision(tokens.patches[0].device):
+        return _explain(model, tokens, image_size)
+
+
+def _explain(model: LAKEModel, tokens: Tokens, image_size: tuple[int, int]) -> list[Explanation]:
     by_block = dict(zip(model.backbone.layers, tokens.patches, strict=True))
     text = model.semantic_activation(by_block[model.semantic_layer]) if model.text_weight > 0 else None
     return [

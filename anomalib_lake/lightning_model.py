@@ -176,6 +176,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignor
         Raises:
             ValueError: If there are no normal images, or fewer than ``k_shot``.
         """
+        super().setup(stage)
         if stage == "fit" and self.seed is not None:
             seed_everything(self.seed, workers=True)
         datamodule: Any = getattr(self.trainer, "datamodule", None)
@@ -221,6 +222,14 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignor
         del args, kwargs
         start = self.model.num_stored
         images = cast("torch.Tensor", batch.image)
+        is_blank = (images.amax(dim=(2, 3)) == images.amin(dim=(2, 3))).all(dim=1).tolist()
+        blank = [path for path, found in zip(batch.image_path or (), is_blank, strict=False) if found]
+        if blank:
+            logger.warning(
+                "%d normal images are of a single colour: %s. If good parts do not look like that, leave them out.",
+                len(blank),
+                ", ".join(blank),
+            )
         self.model(images)
         if self.examples is not None:
             self.examples.add(images, self.model.backbone.mean, self.model.backbone.std, start)

@@ -89,8 +89,12 @@ class SensitiveNeurons(DynamicBufferMixin, nn.Module):
         if self.normalization == "before":
             tokens = F.normalize(tokens, dim=-1)
         variances = tokens.var(dim=0)
-        if not variances.isfinite().all() or variances.amax() <= 0:
-            msg = "The patch tokens of the normal images do not vary. Are the images blank, or a single patch in size?"
+        # Rounding alone makes equal tokens vary a little.
+        if not variances.isfinite().all() or variances.amax() <= 1e-9 * tokens.square().mean():
+            msg = (
+                "The patch tokens of the normal images do not vary, so that nothing can be learned from them. Are all "
+                "images of one colour, or a single patch in size? Give images of good parts."
+            )
             raise ValueError(msg)
         self.variances = variances
         order = variances.argsort(descending=True, stable=True)

@@ -20,6 +20,7 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_spg.components.anomaly_map import AnomalyMapGenerator
 from anomalib_spg.components.backbone import Backbone, is_clip, num_blocks
 from anomalib_spg.components.module_list import ModuleList
+from anomalib_spg.components.precision import full_precision
 
 from .bank import NormalityBank, average_neighbors, left_out_images
 from .neurons import Normalization, Selection, SensitiveNeurons
@@ -192,7 +193,7 @@ class LAKEModel(nn.Module):
             in training mode the last structural layer's patch tokens ``(B, N, D)``.
 
         Raises:
-            ValueError: If a normal image is blank, or of another size than those before (training mode).
+            ValueError: If a normal image has another size than those before (training mode).
             RuntimeError: If there is no bank yet (evaluation mode).
         """
         if self.training:
@@ -202,9 +203,9 @@ class LAKEModel(nn.Module):
             raise RuntimeError(msg)
         tokens, grid = self.tokens(images)
         semantic = tokens[self.semantic_layer] if self.text_weight > 0 else None
-        return self._predict(
-            self.structural_deviation(tokens, grid), semantic, grid, (images.shape[-2], images.shape[-1])
-        )
+        with full_precision(images.device):
+            deviation = self.structural_deviation(tokens, grid)
+            return self._predict(deviation, semantic, grid, (images.shape[-2], images.shape[-1]))
 
     def _predict(
         self,
@@ -268,12 +269,6 @@ class LAKEModel(nn.Module):
         return torch.softmax(similarity / self.temperature, dim=-1)[..., 1]
 
     def _store(self, images: torch.Tensor) -> torch.Tensor:
-        # A blank image is constant channel by channel.
-        spread = images.flatten(2).amax(dim=2) - images.flatten(2).amin(dim=2)
-        blank = (spread.amax(dim=1) == 0).nonzero().flatten().tolist()
-        if blank:
-            msg = f"Normal image {self.num_stored + blank[0]} (counted from 0) is blank: a single colour. Leave it out."
-            raise ValueError(msg)
         if self.text_weight > 0 and not self.backbone.has_weights:
             self._checkpoint = self._load_checkpoint()
         tokens, grid = self.tokens(images)
@@ -312,13 +307,14 @@ class LAKEModel(nn.Module):
             msg = "LAKE has no normal images to learn from. Is the training set empty?"
             raise ValueError(msg)
         # Validation hooks, where Lightning may call this, run in inference mode; its tensors could not be loaded over.
-        with torch.inference_mode(mode=False), torch.no_grad():
+        device = self.text_embeddings.device
+        with torch.inference_mode(mode=False), torch.no_grad(), full_precision(device):
             generator = torch.Generator().manual_seed(torch.initial_seed())
             if self.text_weight > 0:
                 ensembles = prompts(class_name, self.normal_prompts, self.anomalous_prompts)
                 checkpoint = self._checkpoint or self._load_checkpoint()
                 tower = text_tower(checkpoint, quick_gelu="quickgelu" in self.backbone.name)
-                self.text_embeddings = embed_prompts(tower, *ensembles).to(self.text_embeddings.device)
+                self.text_embeddings = embed_prompts(tower, *ensembles).to(device)
                 self._checkpoint = None
             images, by_layer = self.num_stored, []
             for layer, (neurons, banks) in enumerate(zip(self.neurons, self.banks, strict=True)):

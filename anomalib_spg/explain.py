@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from torch.nn import functional as F  # noqa: N812
 
+from .components.precision import full_precision
 from .explanations.explanation import Explanation
 
 if TYPE_CHECKING:
@@ -49,6 +50,11 @@ def explain(model: SPGModel, tokens: Tokens, image_size: tuple[int, int]) -> lis
         >>> torch.allclose(total, model(images).pred_score[0], atol=1e-5), explanation.maps.shape
         (True, torch.Size([6, 4, 4]))
     """
+    with full_precision(tokens.patches[0].device):
+        return _explain(model, tokens, image_size)
+
+
+def _explain(model: SPGModel, tokens: Tokens, image_size: tuple[int, int]) -> list[Explanation]:
     layers = list(zip(model.guides, tokens.patches, strict=True))
     terms = [_terms(patches, guides.atoms, guides.local_strengths(), model.temperature) for guides, patches in layers]
     maps = torch.cat(terms, dim=2) / len(layers)

@@ -38,7 +38,7 @@ def plot_guides(guides: Guides, block: int, examples: Examples | None = None, at
         >>> [axes.get_title() for axes in plot_guides(guides, block=5).axes]
         ['push to anomaly', 'push to normal']
     """
-    strengths = guides.local_strengths().cpu()
+    strengths = guides.local_strengths().cpu().nan_to_num(0, 0, 0)  # a broken model must not stop a run here
     order = strengths.argsort(descending=True)
     sides = [
         ("push to anomaly", [i for i in order[:atoms].tolist() if strengths[i] > 0], FOR),
@@ -49,7 +49,7 @@ def plot_guides(guides: Guides, block: int, examples: Examples | None = None, at
     used = int((guides.coefficients[2:] > 0).any(dim=0).sum())
     figure.suptitle(f"Guides of block {block}: the strongest of {used} atoms", fontweight="bold")
     columns = figure.add_gridspec(1, 4 if has_examples else 2, width_ratios=(2, 3, 2, 3) if has_examples else None)
-    limit = float(strengths.abs().max()) * 1.1
+    limit = float(strengths.abs().max()) * 1.1 or 1.0
     for number, (name, chosen, colour) in enumerate(sides):
         axes = figure.add_subplot(columns[0, number * 2 if has_examples else number])
         axes.barh(range(len(chosen)), strengths[chosen].abs().numpy(), color=colour)

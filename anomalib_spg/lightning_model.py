@@ -25,6 +25,7 @@ from tqdm import tqdm
 from .components.backbone import DEFAULT_BACKBONE, Tokens
 from .components.held_out import ENOUGH, MOST, choose, good_validation_images
 from .components.lightning import FrozenBackboneMixin
+from .components.precision import full_precision
 from .components.threshold import Prior
 from .explain import explain
 from .explanations.examples import Examples
@@ -217,6 +218,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
         Raises:
             ValueError: If there are no training images.
         """
+        super().setup(stage)
         if stage == "fit" and self.seed is not None:
             seed_everything(self.seed, workers=True)
         datamodule: Any = getattr(self.trainer, "datamodule", None)
@@ -339,7 +341,8 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
                     masks = cast("torch.Tensor", batch.gt_mask)[new]
                     labels = cast("torch.Tensor", batch.gt_label)[new]
                 else:
-                    images, masks = self.synthesizer(images)
+                    with full_precision(images.device):
+                        images, masks = self.synthesizer(images)
                 start = len(self.model.store)
                 self.model(images, masks, labels, new_names)
                 if self.examples is not None:

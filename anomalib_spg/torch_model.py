@@ -20,8 +20,9 @@ from einops import rearrange
 from torch import nn
 
 from .components.anomaly_map import AnomalyMapGenerator
-from .components.backbone import DEFAULT_BACKBONE, Backbone
+from .components.backbone import DEFAULT_BACKBONE, Backbone, Tokens
 from .components.module_list import ModuleList
+from .components.precision import full_precision
 from .distributed import any_process
 from .guides import Guides, read_guides, save_guides, train_guides
 from .sae import TopKSAE, train_sae
@@ -167,6 +168,11 @@ class SPGModel(nn.Module):
         if not torch.compiler.is_compiling() and not self.is_fitted:
             msg = "SPG has no guides yet. Train it, or give a guides file: SPG(guides_file=<file>)."
             raise RuntimeError(msg)
+        with full_precision(images.device):
+            return self._predict(tokens, size)
+
+    def _predict(self, tokens: Tokens, size: tuple[int, int]) -> InferenceBatch:
+        """Scores and maps from the backbone's tokens of images of a height and width."""
         probability = torch.stack([
             guides.local_probability(patches, self.temperature)
             for guides, patches in zip(self.guides, tokens.patches, strict=True)
@@ -250,7 +256,7 @@ class SPGModel(nn.Module):
             msg = f"SPG learns from normal and anomalous images; none of the {len(store)} stored ones is {missing}."
             raise ValueError(msg)
         # Validation hooks, where Lightning may call this, run in inference mode; learning needs gradients.
-        with torch.inference_mode(mode=False), torch.enable_grad():
+        with torch.inference_mode(mode=False), torch.enable_grad(), full_precision(device):
             for layer, block in enumerate(self.backbone.layers):
                 start = time.perf_counter()
                 recorder = _EpochLog(log, f"block{block}")

@@ -2,6 +2,7 @@
 
 """What tests of several modules share: names, commands, small datasets, engines."""
 
+import html
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from anomalib_spg.components.post_processor import GoodPartsPostProcessor
 from tests import textures
 
 REPOSITORY = Path(__file__).parents[1]
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 TINY = "vit_tiny_patch16_224"
 TINY_CLIP = "vit_xsmall_patch16_clip_224.tinyclip_yfcc15m"  # 10 blocks of width 256; no OpenCLIP config has its name
 
@@ -66,6 +68,21 @@ def few_textiles(quickstart: Path, folder: Path, count: int, config: str) -> dic
     settings = yaml.safe_load((REPOSITORY / "configs" / config).read_text())
     settings["data"]["init_args"] |= {"num_workers": 0, "val_split_ratio": 0.5}
     return settings
+
+
+def dump(page: Path, view: str = "") -> str:
+    """What a browser makes of the page."""
+    options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    with_profile = f"--user-data-dir={page.parent / 'profile'}"
+    command = [BROWSER, *options.split(), "--disable-component-update", "--disable-sync", with_profile]
+    command += ["--virtual-time-budget=5000", "--dump-dom", f"{page.as_uri()}#{view}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout
+
+
+def shown_names(page: str) -> list[str]:
+    """Names of the shown images in their order."""
+    return [html.unescape(name) for name in re.findall(r'<div class="name">([^<]*)', page)]
 
 
 def metric(output: str, name: str) -> float:

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from anomalib.data import ImageBatch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from PIL import Image
+from PIL import ExifTags, Image
 from skimage.measure import label, regionprops
 
 from .files import atomic_write
@@ -26,8 +26,10 @@ class DecisionTable(Callback):
 
     A row for each image: its path, shown score and threshold, ``rejected`` or ``accepted``, the share of it that is
     outlined, and the boxes around the outlined places, the largest first, as ``left top right bottom`` in pixels of the
-    image file, several divided by ``;``. Where a score is not finite, the decision is ``rejected`` and the score empty.
-    An earlier table is kept: the next one is called ``predictions_2.csv``.
+    image file, several divided by ``;``. Pixels count as they are stored, which is how anomalib reads them: a rotation
+    that EXIF asks for is not applied, and a warning says where viewers apply it. Where a score is not finite, the
+    decision is ``rejected`` and the score empty. An earlier table is kept: the next one is called
+    ``predictions_2.csv``.
     """
 
     def __init__(self) -> None:
@@ -82,9 +84,17 @@ class DecisionTable(Callback):
             number += 1
             path = folder / FILE.replace(".", f"_{number}.")
         with atomic_write(path) as temporary:
-            table.to_csv(temporary, index=False)
+            table.to_csv(temporary, index=False, errors="backslashreplace")  # names of files may be no valid UTF-8
         rejected = int((table.decision == "rejected").sum())
         logger.info("%d of %d images rejected. Decisions: %s", rejected, len(table), path)
+        turned = [path for path in table.image[table.boxes != ""] if _is_turned(path)]
+        if turned:
+            logger.warning(
+                "Viewers turn %d rejected images as EXIF asks for, anomalib does not: their boxes are in pixels as "
+                "stored, which is not where viewers show them: %s. Save images upright to avoid that.",
+                len(turned),
+                ", ".join(turned[:5]),
+            )
         broken = table.image[table.score.isna()].tolist()
         if broken:
             logger.warning(
@@ -100,7 +110,7 @@ def boxes(mask: np.ndarray, path: str | Path) -> list[tuple[int, int, int, int]]
 
     Args:
         mask (np.ndarray): Boolean mask ``(h, w)`` of any size.
-        path (str | Path): Image file, of which only the size is read.
+        path (str | Path): Image file, of which only the size is read; pixels count as stored, whatever EXIF says.
 
     Returns:
         list[tuple[int, int, int, int]]: Left, top, right and bottom, the latter two exclusive.
@@ -126,3 +136,9 @@ def boxes(mask: np.ndarray, path: str | Path) -> list[tuple[int, int, int, int]]
         )
         for top, left, bottom, right in (place.bbox for place in places)
     ]
+
+
+def _is_turned(path: str) -> bool:
+    """Whether EXIF asks viewers to turn or mirror an image."""
+    with Image.open(path) as image:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) != 1

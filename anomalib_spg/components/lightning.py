@@ -4,7 +4,7 @@
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,8 +26,9 @@ from .export import antialias_resize
 from .held_out import batches
 from .post_processor import GoodPartsPostProcessor
 from .pre_processor import default_pre_processor
+from .precision import check_precision
 from .threshold import WEAK_PRIOR, Prior, logit
-from .unreadable import NameUnreadableImages
+from .unreadable import CheckImages
 
 logger = logging.getLogger(__name__)
 
@@ -119,13 +120,13 @@ class FrozenBackboneMixin(CompressBackboneOnly):
         return default_evaluator()
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Add callbacks: a table of decisions after predictions, and the names of images that cannot be read."""
+        """Add callbacks: a table of decisions after predictions, and a look at the images before a run."""
         callbacks = super().configure_callbacks()
         return [
             *(callbacks if isinstance(callbacks, Sequence) else [callbacks]),
             DecisionTable(),
-            NameUnreadableImages(),
             _RestoreTrainingSet(),
+            CheckImages(),  # the last, because it may raise another error when there was one
         ]
 
     @staticmethod
@@ -133,11 +134,30 @@ class FrozenBackboneMixin(CompressBackboneOnly):
         """Return no optimiser: learning uses stored tokens, after the pass over the images."""
         return
 
+    def optimizer_step(  # type: ignore[override]  # noqa: PLR6301  # Lightning calls it on the instance
+        self, epoch: int, batch_idx: int, optimizer: object, optimizer_closure: Callable[[], object]
+    ) -> None:
+        """Run the training step only: without an optimiser, the gradient scaler of ``16-mixed`` would find nothing."""
+        del epoch, batch_idx, optimizer
+        optimizer_closure()
+
     def to_openvino(self, *args: Any, **kwargs: Any) -> Path:
         """Export to OpenVINO as anomalib does, with the antialiased resize of fit, test and predict."""
         path = super().to_openvino(*args, **kwargs)
         antialias_resize(path)
         return path
+
+    def setup(self, stage: str) -> None:
+        """Refuse precisions in which more than the backbone would be rounded.
+
+        Args:
+            stage (str): Stage of the trainer.
+
+        Raises:
+            ValueError: If the trainer has such a precision.
+        """
+        super().setup(stage)
+        check_precision(str(self.trainer.precision))
 
     def begin_fit(self) -> None:
         """Make every fit learn: the object may have been fitted before, or left in evaluation mode by an error."""

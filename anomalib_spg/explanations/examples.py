@@ -2,6 +2,7 @@
 
 """Training images kept for explanations, and the atoms' max-activating patches in them."""
 
+import hashlib
 import io
 import logging
 from collections.abc import Sequence
@@ -39,6 +40,27 @@ def to_picture(image: torch.Tensor, mean: Sequence[float], std: Sequence[float])
     return (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
 
 
+def digest(model: torch.nn.Module) -> str:
+    """Hash what a torch model has learned, to tell it apart: numbers of atoms mean nothing in other dictionaries.
+
+    Args:
+        model (torch.nn.Module): SPG's or LAKE's torch model. Backbone and smoothing do not count.
+
+    Returns:
+        str: 16 hexadecimal digits, the same in every precision from bfloat16 on.
+
+    Example:
+        >>> digest(torch.nn.Linear(2, 1)) == digest(torch.nn.Linear(2, 1))
+        False
+    """
+    hashed = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(("backbone.", "anomaly_map_generator.")):
+            rounded = tensor.bfloat16() if tensor.is_floating_point() else tensor
+            hashed.update(name.encode() + rounded.float().cpu().numpy().tobytes())
+    return hashed.hexdigest()[:16]
+
+
 class Examples:
     """A bounded random sample of the training images, as JPEG, and each atom's max-activating patches in them.
 
@@ -54,6 +76,7 @@ class Examples:
         grid (tuple[int, int]): Rows and columns of patches.
         patches (dict[tuple[int, int], list[tuple[int, int]]]): For a block and an atom, images and the
             max-activating patches in them, the highest first.
+        learned (str): :func:`digest` of the model they belong to; empty before it has learned.
 
     Example:
         >>> examples = Examples(patch_size=8)
@@ -68,6 +91,7 @@ class Examples:
         self.images: dict[int, bytes] = {}
         self.grid: tuple[int, int] = (0, 0)
         self.patches: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        self.learned = ""
         self._seen = 0
         self._sources: dict[int, str] = {}
         self._random = np.random.default_rng(0)
@@ -189,7 +213,7 @@ class Examples:
         for (block, atom), places in self.patches.items():
             tensors[f"atom.{block}.{atom}"] = torch.tensor(places)
         try:
-            save_tensors(path, tensors, {"format": FILE_FORMAT})
+            save_tensors(path, tensors, {"format": FILE_FORMAT, "learned": self.learned})
         except OSError as exception:
             logger.warning("Explanations will lack examples: could not write '%s' (%s).", path, exception)
             return None
@@ -221,6 +245,7 @@ class Examples:
         *grid, patch_size = tensors.pop("grid").tolist()
         examples = cls(patch_size=patch_size)
         examples.grid = tuple(grid)
+        examples.learned = header.get("learned", "")
         for name, tensor in tensors.items():
             kind, *numbers = name.split(".")
             if kind == "image":

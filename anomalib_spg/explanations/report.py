@@ -9,61 +9,127 @@ import argparse
 import json
 import logging
 import os
+import re
+from collections import Counter
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from anomalib_spg.components.files import atomic_write
 
 from .categories import plot_overlap, plot_usage
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
 RECORDS = "explanations.json"
-# What the page needs.
-OF_RUN = {"model", "category", "figures", "learned", "images"}
-OF_IMAGE = {"category", "name", "score", "threshold", "rejected", "unit", "picture", "thumbnail", "parts"}
+UNFINISHED = {"unfinished": True}  # in place of the records while they are made
+# What the page needs, and of which types.
+NUMBER = (float, int, type(None))  # none where it is not finite
+YES_OR_NO = (bool, type(None))
+OF_RUN: dict[str, tuple[type, ...]] = {
+    "model": (str,),
+    "category": (str,),
+    "figures": (dict,),
+    "learned": (str,),
+    "neurons": (dict,),
+    "images": (list,),
+}
+OF_IMAGE: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("category", "name", "path", "unit", "picture", "thumbnail"), (str,)),
+    **dict.fromkeys(("score", "threshold"), NUMBER),
+    **dict.fromkeys(("rejected", "defective"), YES_OR_NO),
+    "parts": (list,),
+    "other": (dict,),
+}
+OF_PART: dict[str, tuple[type, ...]] = {"block": (int,), "unit": (int,), "adds": NUMBER, "share": NUMBER}
 
 
-def read_runs(folder: str | Path) -> list[tuple[Path, dict[str, Any]]]:
+def read_runs(folder: str | Path) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]:
     """Read the records of all runs below a folder.
 
     Args:
-        folder (str | Path): Folder; ``latest``, anomalib's link to the newest run, is not followed.
+        folder (str | Path): Folder; links in it, such as anomalib's ``latest``, are not followed.
 
     Returns:
-        list[tuple[Path, dict[str, Any]]]: Folder and records of every run.
+        tuple[list[tuple[Path, dict[str, Any]]], list[str]]: Folder and records of every run; what could not be read,
+            with the reason.
 
     Raises:
-        ValueError: If there are none, or a file is damaged.
+        ValueError: If there are none that can be read.
     """
-    runs = [(path.parent, _read(path)) for path in sorted(Path(folder).rglob(RECORDS))]
+    runs, unread = [], []
+    for path in sorted(Path(folder).rglob(RECORDS)):
+        try:
+            runs.append((path.parent, _read(path)))
+        except ValueError as exception:  # noqa: PERF203  # one damaged file must not hide the others
+            unread.append(str(exception))
     if not runs:
-        msg = (
+        msg = " ".join(unread) or (
             f"There are no explanations below '{folder}'. `anomalib test` and `predict` leave them with "
             "--model.visualizer anomalib_spg.ExplanationVisualizer."
         )
         raise ValueError(msg)
-    return runs
+    return runs, unread
 
 
 def _read(path: Path) -> dict[str, Any]:
-    remedy = "Run `anomalib test` again to write them anew."
+    remedy = "Run `anomalib test` or `predict` again to write them anew."
     try:
-        run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        whole = set(run) >= OF_RUN and all(set(image) >= OF_IMAGE for image in run["images"])
-    except (OSError, ValueError, TypeError) as exception:
+        # A number that is not finite is no JSON, although Python reads and writes it.
+        run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+    except (OSError, ValueError, RecursionError) as exception:
         msg = f"Cannot read the explanations in '{path}': {exception}. {remedy}"
         raise ValueError(msg) from exception
-    if not whole:
-        msg = f"The explanations in '{path}' are of another version or damaged: records lack fields. {remedy}"
+    if run == UNFINISHED:
+        msg = f"The explanations in '{path.parent}' are being written, or their run was interrupted. {remedy}"
+        raise ValueError(msg)
+    wrong = _wrong(run)
+    if wrong is not None:
+        msg = f"The explanations in '{path}' are of another version or damaged: {wrong} is missing or odd. {remedy}"
         raise ValueError(msg)
     return run
+
+
+def _wrong(run: Any) -> str | None:  # noqa: ANN401  # anything may be in a file
+    """Name the first field that is not as the page needs it."""
+
+    def odd(record: Any, fields: dict[str, tuple[type, ...]], where: str) -> str | None:  # noqa: ANN401
+        if not isinstance(record, dict):
+            return where
+        return next(
+            (f"'{name}' of {where}" for name, types in fields.items() if type(record.get(name, ...)) not in types), None
+        )
+
+    wrong = odd({"neurons": {}, **run} if isinstance(run, dict) else run, OF_RUN, "the run")
+    if wrong is not None:
+        return wrong
+    if not all(isinstance(file, str) for file in run["figures"].values()):
+        return "'figures' of the run"
+    if not all(isinstance(channels, list) for channels in run.get("neurons", {}).values()):
+        return "'neurons' of the run"
+    for number, image in enumerate(run["images"]):
+        wrong = odd(image, OF_IMAGE, f"image {number}")
+        wrong = wrong or next(
+            filter(None, (odd(part, OF_PART, f"a part of image {number}") for part in image["parts"])), None
+        )
+        if wrong is None and not all(type(value) in NUMBER for value in image["other"].values()):
+            wrong = f"'other' of image {number}"
+        if wrong is not None:
+            return wrong
+    return None
 
 
 def write_report(folder: str | Path, name: str = "index.html") -> Path:
     """Write the page over all runs below a folder.
 
-    Of several versions of a results folder only the newest is used. Where several categories are explained by atoms or
-    by neurons, a figure shows what they have in common.
+    Of several versions of a results folder (``v0``, ``v1``, ...) only the newest is used. Runs of one model and
+    category in other folders all are, and are told apart by their folder. Where several categories are explained by
+    atoms or by neurons, a figure shows what they have in common. What is left out, because it is older or cannot be
+    read, is named on the page.
 
     Args:
         folder (str | Path): Folder with runs, or one run's folder ``explanations``.
@@ -74,34 +140,80 @@ def write_report(folder: str | Path, name: str = "index.html") -> Path:
 
     Raises:
         ValueError: If there are no runs.
+        OSError: If the page cannot be written.
     """
     folder = Path(folder)
-    newest: dict[Path, tuple[Path, dict[str, Any]]] = {}
-    for path, run in sorted(read_runs(folder), key=lambda item: (item[0] / RECORDS).stat().st_mtime):
-        newest[path.parents[1] / path.name] = (path, run)  # without its version
+    runs, left_out = read_runs(folder)
+    for reason in left_out:
+        logger.warning("Left out. %s", reason)
+    newest: dict[tuple[Any, ...], tuple[Path, dict[str, Any]]] = {}
+    for path, run in sorted(runs, key=lambda item: _version(item[0])):
+        results = path.absolute().parent  # not resolved, since links lead out of the folder
+        kept = results.parent if _version(path) else results
+        key = (kept, path.name, run["model"], run["category"])
+        if key in newest:
+            left_out.append(f"'{newest[key][0]}' is older than '{path}'.")
+        newest[key] = (path, run)
+    chosen = _told_apart(folder, list(newest.values()))
     images, figures = [], []
-    for path, run in newest.values():
-        base = Path(os.path.relpath(path, folder)).as_posix()
-        where = "" if base == "." else f"{base}/"
+    for path, run in chosen:
+        base = Path(os.path.relpath(path, folder))
         images += [
-            image | {"model": run["model"]} | {key: where + image[key] for key in ("picture", "thumbnail")}
+            image | {"model": run["model"]} | {key: _link(base / image[key]) for key in ("picture", "thumbnail")}
             for image in run["images"]
         ]
         figures += [
-            {"title": f"{run['model']}, {run['category']}: {title}", "file": where + file}
+            {"title": f"{run['model']}, {run['category']}: {title}", "file": _link(base / file)}
             for title, file in run["figures"].items()
         ]
-    figures += _common_figures(folder, list(newest.values()))
-    page = files(__package__).joinpath("report.html").read_text(encoding="utf-8")
-    data = json.dumps({"images": images, "figures": figures}).replace("<", "\\u003c")
-    path = folder / name
-    path.write_text(page.replace("{{data}}", data), encoding="utf-8")
-    return path
+    page = folder / name
+    try:
+        figures += _common_figures(folder, chosen)
+        template = files(__package__).joinpath("report.html").read_text(encoding="utf-8")
+        shown = {"images": images, "figures": figures, "left_out": left_out}
+        data = json.dumps(shown, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+        with atomic_write(page) as temporary:
+            temporary.write_text(template.replace("{{data}}", data), encoding="utf-8")
+    except OSError as exception:
+        msg = f"Cannot write '{page}': {exception}. Free space there, or copy the folder to where you may write."
+        raise OSError(msg) from exception
+    return page
+
+
+def _version(path: Path) -> float:
+    """Number of the version that a run's folder lies in, or 0. In copied results ``latest`` may be a folder as well."""
+    name = path.absolute().parent.name
+    return float("inf") if name == "latest" else int(name[1:]) + 1 if re.fullmatch(r"v\d+", name) else 0
+
+
+def _link(path: Path) -> str:
+    """Address of a file as a page beside it needs it, whatever characters are in its name."""
+    return quote(os.fsencode(path.as_posix()))
+
+
+def _told_apart(folder: Path, runs: list[tuple[Path, dict[str, Any]]]) -> list[tuple[Path, dict[str, Any]]]:
+    """Add their folders to the models' names where runs have the same model and category."""
+    counts = Counter((run["model"], run["category"]) for _, run in runs)
+    apart = []
+    for path, run in runs:
+        if counts[run["model"], run["category"]] > 1:
+            where = Path(os.path.relpath(path, folder))
+            where = where.parent if where.name == "explanations" and where.parent.name else where
+            apart.append((path, run | {"model": f"{run['model']} in {where.as_posix()}"}))
+        else:
+            apart.append((path, run))
+    return apart
 
 
 def _common_figures(folder: Path, runs: list[tuple[Path, dict[str, Any]]]) -> list[dict[str, str]]:
     """Figures over several categories: atoms of the same guides, and neurons."""
     figures = []
+
+    def save(figure: "Figure", name: str, title: str) -> None:
+        with atomic_write(folder / name) as temporary:
+            figure.savefig(temporary, dpi=90, format="png")
+        figures.append({"title": title, "file": _link(Path(name))})
+
     by_guides: dict[str, list[dict[str, Any]]] = {}
     for _, run in runs:
         by_atoms = [image for image in run["images"] if image["unit"] == "atom"]
@@ -109,26 +221,30 @@ def _common_figures(folder: Path, runs: list[tuple[Path, dict[str, Any]]]) -> li
     for learned, images in by_guides.items():
         categories = sorted({image["category"] for image in images if image["rejected"]})
         if len(categories) > 1:
-            plot_usage(images).savefig(folder / f"atoms_{learned}.png", dpi=90)
             title = f"which atoms explain rejections in {', '.join(categories)}"
-            figures.append({"title": title, "file": f"atoms_{learned}.png"})
-    products = {run["category"]: run["neurons"] for _, run in runs if any(run.get("neurons", {}).values())}
+            save(plot_usage(images), f"atoms_{re.sub(r'[^0-9A-Za-z]', '_', learned)}.png", title)
+    with_neurons = [run for _, run in runs if any(run.get("neurons", {}).values())]
+    alike = len({run["category"] for run in with_neurons}) < len(with_neurons)
+    products = {
+        f"{run['category']}, {run['model']}" if alike else run["category"]: run["neurons"] for run in with_neurons
+    }
     if len(products) > 1:
-        plot_overlap(products).savefig(folder / "neurons.png", dpi=90)
-        figures.append({"title": "sensitive neurons that products share", "file": "neurons.png"})
+        save(plot_overlap(products), "neurons.png", "sensitive neurons that products share")
     return figures
 
 
 def main() -> None:
     """Write the page over all runs below a folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder with results, such as results or results/SPG")
+    parser.add_argument(
+        "folder", type=Path, nargs="?", default=Path(), help="folder with results, such as results; default: this one"
+    )
     folder = parser.parse_args().folder
     try:
         path = write_report(folder, "explanations.html")
-    except ValueError as exception:
+    except (ValueError, OSError) as exception:
         parser.error(str(exception))
-    print(f"Open {path}")
+    print(f"Open {path.absolute()}")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 """Visualizer that explains decisions: a picture per rejected image, pictures of the model, a page to browse them."""
 
-import hashlib
 import json
 import logging
 import math
 import re
 import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -19,11 +20,12 @@ from lightning.pytorch import LightningModule, Trainer
 from PIL import Image, ImageOps
 
 from anomalib_spg.components.backbone import Tokens
+from anomalib_spg.components.files import atomic_write
 
-from .examples import Examples, to_picture
+from .examples import Examples, digest, to_picture
 from .explanation import ExplainableModel, Explanation
 from .figures import decision, heatmap, plot_explanation
-from .report import RECORDS, write_report
+from .report import RECORDS, UNFINISHED, write_report
 
 if TYPE_CHECKING:
     from anomalib_spg.components.lightning import FrozenBackboneMixin
@@ -44,12 +46,12 @@ class ExplanationVisualizer(ImageVisualizer):
 
     Beside anomalib's ``images/`` it writes the folder ``explanations/``, or ``explanations_of_predictions/``: a picture
     per explained image, pictures of the model, ``explanations.json``, and the page ``index.html``, which opens without
-    internet. Pictures that an earlier run left there are removed.
+    internet. What an earlier run left there is removed. While a run has not finished, ``explanations.json`` says so.
 
     Explanations need no second pass through the backbone: a forward hook keeps the tokens of the current batch. During
     training the visualizer keeps up to 256 images as JPEG, with each atom's max-activating patches (SPG) or as the
-    normal images to compare with (LAKE), and saves them as ``weights/examples.safetensors``. Without that file only
-    these pictures are missing.
+    normal images to compare with (LAKE), and saves them as ``weights/examples.safetensors``. Without that file, or with
+    one of another training, only these pictures are missing.
 
     Args:
         explain (str): Explain the ``"rejected"`` images or ``"all"``. Without a threshold all are explained. Defaults
@@ -90,6 +92,7 @@ class ExplanationVisualizer(ImageVisualizer):
         self._hook: Any = None
         self._tokens: Tokens | None = None
         self._folder = Path()
+        self._learned = ""
         self._records: list[dict[str, Any]] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -111,7 +114,7 @@ class ExplanationVisualizer(ImageVisualizer):
             )
             raise TypeError(msg)
         if self.examples_path is not None:
-            self._examples = Examples.load(self.examples_path)
+            Examples.load(self.examples_path)
 
     @staticmethod
     def on_fit_start(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -127,10 +130,10 @@ class ExplanationVisualizer(ImageVisualizer):
         examples, model.examples = model.examples, None
         if examples is None or not examples.images:
             return
+        examples.learned = digest(model.model)
         if trainer.is_global_zero:
             examples.save(Path(trainer.default_root_dir) / "weights" / EXAMPLES)
-        if self.examples_path is None:
-            self._examples = examples
+        self._examples = examples
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook the backbone, find the examples, and prepare the folders."""
@@ -138,21 +141,21 @@ class ExplanationVisualizer(ImageVisualizer):
         # anomalib gives each process its own results folder; all write to that of rank 0
         self._folder = Path(trainer.strategy.broadcast(str(trainer.default_root_dir))) / name
         kinds = ("pictures", "thumbnails")
-        if trainer.is_global_zero and (self._folder / RECORDS).is_file():  # else it may be a folder of the user's own
-            for kind in kinds:
-                shutil.rmtree(self._folder / kind, ignore_errors=True)
+        if trainer.is_global_zero:
+            with _naming(self._folder):
+                if (self._folder / RECORDS).is_file():  # else it may be a folder of the user's own
+                    for kind in kinds:
+                        shutil.rmtree(self._folder / kind, ignore_errors=True)
+                    (self._folder / "index.html").unlink(missing_ok=True)
+                for kind in kinds:
+                    (self._folder / kind).mkdir(parents=True, exist_ok=True)
+                _write_records(self._folder, UNFINISHED)
         trainer.strategy.barrier()
-        for kind in kinds:
-            (self._folder / kind).mkdir(parents=True, exist_ok=True)
         self._records = []
         model = cast("_Model", pl_module)
         self._hook = model.model.backbone.register_forward_hook(self._keep_tokens)
+        self._learned = digest(model.model)
         self._find_examples(trainer, model)
-        if self._examples is None:
-            logger.warning(
-                "Explanations lack example patches: there is no examples.safetensors beside the checkpoint or the "
-                "guides. Train with this visualizer to get one, or give its path as examples."
-            )
 
     on_predict_start = on_test_start
 
@@ -161,24 +164,32 @@ class ExplanationVisualizer(ImageVisualizer):
         self._tokens = tokens
 
     def _find_examples(self, trainer: Trainer, model: "_Model") -> None:
-        """Take the examples that belong to the checkpoint or the guides; else those of the training just done."""
-        if self.examples_path is not None:
-            return
+        """Take the examples beside the checkpoint or the guides, else those of the training just done, if they fit."""
         folders = []
         if trainer.ckpt_path:  # weights/lightning/model.ckpt, or moved together
             folders += list(Path(trainer.ckpt_path).absolute().parents)[:2]
-            self._examples = None
         guides_file = getattr(model, "guides_file", None)
         if guides_file is not None:
             folders.append(Path(guides_file).absolute().parent)
-        for path in (folder / EXAMPLES for folder in folders):
-            if path.is_file():
-                try:
-                    self._examples = Examples.load(path)
-                except ValueError as exception:
-                    logger.warning("%s", exception)
-                    continue
+        paths = [folder / EXAMPLES for folder in folders]
+        if self.examples_path is not None:
+            paths = [Path(self.examples_path)]
+        for path in filter(Path.is_file, paths):
+            try:
+                examples = Examples.load(path)
+            except ValueError as exception:
+                logger.warning("%s", exception)
+                continue
+            if examples.learned == self._learned:
+                self._examples = examples
                 return
+            logger.warning("'%s' is not used: its example patches belong to another training than the model.", path)
+        if self._examples is None or self._examples.learned != self._learned:
+            self._examples = None
+            logger.warning(
+                "Explanations lack example patches: there is no examples.safetensors of this model beside the "
+                "checkpoint or the guides. Train with this visualizer to get one, or give its path as examples."
+            )
 
     def on_test_batch_end(
         self,
@@ -191,7 +202,8 @@ class ExplanationVisualizer(ImageVisualizer):
     ) -> None:
         """Write anomalib's pictures, and explain the images of the batch."""
         model = cast("_Model", pl_module)
-        super().on_test_batch_end(trainer, model, outputs, batch, batch_idx, dataloader_idx)
+        with _naming(self._folder):
+            super().on_test_batch_end(trainer, model, outputs, batch, batch_idx, dataloader_idx)
         images, tokens = cast("torch.Tensor", batch.image), cast("Tokens", self._tokens)
         labels = batch.pred_label if _threshold(model) is not None else None
         rejected = [None] * len(images) if labels is None else labels.flatten().bool().tolist()
@@ -204,7 +216,8 @@ class ExplanationVisualizer(ImageVisualizer):
                 tokens.grid,
             )
             explanation = model.explain(images[index : index + 1], own)[0]
-            self._write(trainer, model, batch, index, explanation, rejected[index])
+            with _naming(self._folder):
+                self._write(trainer, model, batch, index, explanation, rejected[index])
 
     def _write(
         self,
@@ -231,9 +244,9 @@ class ExplanationVisualizer(ImageVisualizer):
             title=decision(explanation.score, threshold, rejected),
             shown_map=shown_map,
         )
-        # File names may be equal in two folders, or not valid in a URL.
+        # File names may be equal in two folders, not valid in a URL, or as long as the file system allows.
         number = len(self._records) * trainer.world_size + trainer.global_rank
-        file = f"{number:05}_{re.sub(r'[^A-Za-z0-9.-]', '_', source.stem)}.jpg"
+        file = f"{number:05}_{re.sub(r'[^A-Za-z0-9.-]', '_', source.stem)[:100]}.jpg"
         figure.savefig(self._folder / "pictures" / file, dpi=DPI, pil_kwargs={"quality": 85})
         shown = heatmap(picture, shown_map)
         thumbnail = ImageOps.contain(Image.fromarray(shown), (THUMBNAIL, THUMBNAIL))
@@ -241,10 +254,9 @@ class ExplanationVisualizer(ImageVisualizer):
         shares = explanation.shares
         self._records.append({
             "category": _category(trainer) or source.parent.name,
-            "name": _printable(f"{source.parent.name}/{source.name}"),
             "path": _printable(str(source)),
             "unit": explanation.unit,
-            "score": explanation.score,
+            "score": _finite(explanation.score),
             "threshold": threshold,
             "rejected": rejected,
             "defective": None if batch.gt_label is None else bool(batch.gt_label[index]),
@@ -254,13 +266,13 @@ class ExplanationVisualizer(ImageVisualizer):
                 {
                     "block": int(explanation.blocks[part]),
                     "unit": int(explanation.units[part]),
-                    "adds": float(explanation.contributions[part]),
-                    "share": float(shares[part]),
+                    "adds": _finite(explanation.contributions[part]),
+                    "share": _finite(shares[part]),
                     "opposed": explanation.opposed is not None and bool(explanation.opposed[part]),
                 }
                 for part in explanation.top(self.parts)
             ],
-            "other": explanation.other,
+            "other": {name: _finite(value) for name, value in explanation.other.items()},
         })
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -274,20 +286,25 @@ class ExplanationVisualizer(ImageVisualizer):
             return
         # Where the images do not divide evenly among the processes, some are seen twice.
         records = {record["path"]: record for records in of_processes for record in records}
+        names = _short_names(list(records))
+        of_folders = sorted({record["category"] for record in records.values()})
+        of_folders[3:] = ["..."] * (len(of_folders) > 3)
         figures = {}
         model = cast("_Model", pl_module)
         for name, (title, figure) in model.figures(self._examples).items():
-            figure.savefig(self._folder / f"{name}.jpg", dpi=DPI, pil_kwargs={"quality": 85})
+            with _naming(self._folder):
+                figure.savefig(self._folder / f"{name}.jpg", dpi=DPI, pil_kwargs={"quality": 85})
             figures[title] = f"{name}.jpg"
         run = {
             "model": type(model).__name__,
-            "category": _category(trainer) or self._folder.parent.parent.name,
+            "category": _category(trainer) or ", ".join(of_folders) or self._folder.parent.parent.name,
             "figures": figures,
-            "learned": _digest(model.model),
+            "learned": self._learned,
             "neurons": model.chosen_neurons(),
-            "images": list(records.values()),
+            "images": [{"name": name, **record} for name, record in zip(names, records.values(), strict=True)],
         }
-        (self._folder / RECORDS).write_text(json.dumps(run, indent=1), encoding="utf-8")
+        with _naming(self._folder):
+            _write_records(self._folder, run)
         logger.info("%d images explained: open %s.", len(records), write_report(self._folder))
 
     on_predict_end = on_test_end
@@ -327,13 +344,42 @@ def _shown_threshold(model: "_Model") -> float | None:
 
 
 def _printable(name: str) -> str:
-    """Replace characters of a file name that cannot be encoded."""
-    return name.encode("utf-8", "replace").decode()
+    """Spell out bytes of a file name that cannot be encoded."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
-def _digest(model: torch.nn.Module) -> str:
-    """Hash what was learned, to tell it apart: atoms of different dictionaries have nothing in common."""
-    learned = [
-        tensor.cpu().float().numpy().tobytes() for name, tensor in model.state_dict().items() if "backbone" not in name
-    ]
-    return hashlib.sha256(b"".join(learned)).hexdigest()[:16]
+def _short_names(paths: list[str]) -> list[str]:
+    """Names with the folder, and with as many more folders as tell all of them apart."""
+    parts = [Path(path).parts for path in paths]
+    depth = 2
+    while len({own[-depth:] for own in parts}) < len(set(parts)):
+        depth += 1
+    return [Path(*own[-depth:]).as_posix() for own in parts]
+
+
+def _finite(value: float | torch.Tensor) -> float | None:
+    """Return a number, or ``None`` where it is not finite, for which JSON has no word."""
+    return float(value) if math.isfinite(value) else None
+
+
+def _write_records(folder: Path, run: dict[str, Any]) -> None:
+    """Write the records whole or not at all."""
+    with atomic_write(folder / RECORDS) as temporary:
+        temporary.write_text(json.dumps(run, indent=1, allow_nan=False), encoding="utf-8")
+
+
+@contextmanager
+def _naming(folder: Path) -> Generator[None, None, None]:
+    """Say what could not be written, and what to do: matplotlib and PIL do not name the file.
+
+    Raises:
+        OSError: If anything in the block could not be written.
+    """
+    try:
+        yield
+    except OSError as exception:
+        msg = (
+            f"Cannot write explanations to '{folder}': {exception}. Free space there or choose another folder with "
+            "--default_root_dir, and run `anomalib test` or `predict` with the checkpoint: training is not lost."
+        )
+        raise OSError(msg) from exception

@@ -182,14 +182,26 @@ def test_one_normal_image_works() -> None:
     assert 0 < model(torch.randn(1, 3, 64, 64)).pred_score < 1
 
 
-def test_blank_normal_image() -> None:
-    """A single colour is named by its number, and nothing is stored."""
-    images = torch.randn(3, 3, 32, 32)
-    images[1] = torch.tensor([0.1, 0.2, 0.3])[:, None, None]
-    model = LAKEModel(TINY, pre_trained=False, num_neurons=20).train()
-    with pytest.raises(ValueError, match="Normal image 1 .* is blank"):
-        model(images)
-    assert model.num_stored == 0
+@pytest.mark.parametrize("selection", ["variance", "pca"])
+@pytest.mark.parametrize("count", [1, 4])
+def test_normal_images_of_a_single_colour(count: int, selection: str) -> None:
+    """Learned from as far as they differ, be it by the place alone; every number is finite."""
+    model = LAKEModel(TINY, pre_trained=False, num_neurons=20, selection=selection).train()
+    model(torch.randn(count, 3, 1, 1).expand(-1, -1, 64, 64))
+    result = model.fit()
+    assert all(tensor.isfinite().all() for tensor in (*model.state_dict().values(), *result) if tensor is not None)
+    scores = model.eval()(torch.randn(2, 3, 64, 64)).pred_score
+    assert scores.isfinite().all()
+
+
+@pytest.mark.parametrize("selection", ["variance", "pca"])
+def test_one_colour_for_all_is_nothing_to_learn_from(selection: str) -> None:
+    """Where the backbone does not know the place either, all tokens are equal but for rounding."""
+    model = LAKEModel(TINY, pre_trained=False, num_neurons=20, selection=selection).train()
+    torch.nn.init.zeros_(model.backbone.vit.pos_embed)
+    model(torch.ones(2, 3, 1, 1).expand(-1, -1, 64, 64))
+    with pytest.raises(ValueError, match="do not vary"):
+        model.fit()
 
 
 def test_sizes_that_differ() -> None:

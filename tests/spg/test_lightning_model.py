@@ -273,7 +273,7 @@ def test_unreadable_image_is_named(tmp_path: Path) -> None:
     root = make_mvtec(tmp_path / "data")
     broken = root / "brick/train/good/002.png"
     broken.write_bytes(broken.read_bytes()[:2000])
-    with pytest.raises(ValueError, match=r"Cannot read 1 of 12 images: .*train/good/002\.png"):
+    with pytest.raises(ValueError, match=r"Cannot read 1 of 16 files: .*train/good/002\.png"):
         engine(tmp_path).fit(model=build(), datamodule=data(root))
 
 

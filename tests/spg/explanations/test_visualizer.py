@@ -2,12 +2,11 @@
 
 """Explanations as users get them: by the real ``anomalib`` command with real weights, and in a real browser."""
 
-import html
 import io
 import json
+import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,16 +24,15 @@ from anomalib_lake import LAKEModel
 from anomalib_spg import SPG, ExplanationVisualizer, SPGModel
 from anomalib_spg.components.pre_processor import default_pre_processor
 from anomalib_spg.explanations.categories import atom_usage, is_general, neuron_overlap
-from anomalib_spg.explanations.examples import Examples, to_picture
+from anomalib_spg.explanations.examples import Examples, digest, to_picture
 from anomalib_spg.explanations.figures import plot_explanation
-from anomalib_spg.explanations.report import write_report
+from anomalib_spg.explanations.report import UNFINISHED, write_report
 from anomalib_spg.quickstart import BACKBONE
 from tests.benchmarks.faithfulness import faithfulness
-from tests.helpers import data, engine, few_textiles, run_command
+from tests.helpers import BROWSER, data, dump, engine, few_textiles, run_command, shown_names
 
 COUNT = 8  # images per folder
 ON = ["--model.visualizer", "anomalib_spg.ExplanationVisualizer"]
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 def train(quickstart: Path, folder: Path, config: str, command: Callable[..., str], **arguments: Any) -> Path:
@@ -131,21 +129,6 @@ def test_predict_from_checkpoint(
     assert Image.open(folder / record["picture"]).width > 1000
 
 
-def dump(page: Path, view: str = "") -> str:
-    """What a browser makes of the page."""
-    options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    with_profile = f"--user-data-dir={page.parent / 'profile'}"
-    command = [BROWSER, *options.split(), "--disable-component-update", "--disable-sync", with_profile]
-    command += ["--virtual-time-budget=5000", "--dump-dom", f"{page.as_uri()}#{view}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout
-
-
-def names(page: str) -> list[str]:
-    """Names of the shown images in their order."""
-    return [html.unescape(name) for name in re.findall(r'<div class="name">([^<]*)', page)]
-
-
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
     """Two runs with made-up records, one of them with a name that tries to break out of the script."""
@@ -183,17 +166,17 @@ def test_page_in_a_browser(runs: Path) -> None:
     page = runs / "explanations.html"
     assert str(page) in output
     end = "</script><b>.png"
-    assert names(dump(page)) == [f"bad/nut1{end}", f"bad/bolt0{end}", f"bad/nut0{end}"]
-    assert names(dump(page, "category=bolt")) == [f"bad/bolt0{end}"]
-    assert names(dump(page, "show=missed")) == [f"bad/nut2{end}"]
-    assert names(dump(page, "part=6:101&show=all")) == [f"bad/nut1{end}"]
+    assert shown_names(dump(page)) == [f"bad/nut1{end}", f"bad/bolt0{end}", f"bad/nut0{end}"]
+    assert shown_names(dump(page, "category=bolt")) == [f"bad/bolt0{end}"]
+    assert shown_names(dump(page, "show=missed")) == [f"bad/nut2{end}"]
+    assert shown_names(dump(page, "part=6:101&show=all")) == [f"bad/nut1{end}"]
     opened = dump(page, "image=0")
     assert re.search(r'<dialog id="one"[^>]*open', opened)
     assert re.search(r'<dialog.*src="SPG/(nut|bolt)/v0/explanations/p.jpg"', opened, flags=re.DOTALL)
     assert "score 0.600, threshold 0.500" in opened
     assert "http" not in re.sub(r"<script.*?</script>", "", opened, flags=re.DOTALL)
     assert (runs / "atoms_same.png").is_file()
-    assert "3 of 4 images" in opened
+    assert "3 of 4 explained images" in opened
 
 
 @pytest.mark.command
@@ -213,10 +196,10 @@ def test_clicks_in_a_browser(runs: Path) -> None:
     following = after(card + "document.getElementById('next').click();")
     assert re.search(title, following, flags=re.DOTALL).group(1) == "bolt: bad/bolt0"
     filtered = after(card + "document.querySelectorAll('td button')[1].click();")
-    assert len(names(filtered)) == 1
+    assert len(shown_names(filtered)) == 1
     assert re.search(title, filtered, flags=re.DOTALL) is None
     choose = "const c = document.querySelector('select'); c.value = 'bolt';"
-    assert len(names(after(choose + "c.dispatchEvent(new Event('input', {bubbles: true}));"))) == 1
+    assert len(shown_names(after(choose + "c.dispatchEvent(new Event('input', {bubbles: true}));"))) == 1
 
 
 @pytest.mark.command
@@ -227,7 +210,7 @@ def test_real_page_in_a_browser(spg: Path) -> None:
     run = json.loads((spg / "explanations" / "explanations.json").read_text())
     page = dump(spg / "explanations" / "index.html")
     worst = sorted(run["images"], key=lambda image: -image["score"])
-    assert names(page) == [image["name"] for image in worst]
+    assert shown_names(page) == [image["name"] for image in worst]
     sources = re.findall(r'<img[^>]* src="([^"]+)"', page)
     assert len(sources) == len(worst) + len(run["figures"])
     assert all((spg / "explanations" / source).is_file() for source in sources)
@@ -303,6 +286,7 @@ def tiny() -> SPG:
     for block, guides in zip((3, 5), model.model.guides, strict=True):
         guides.set(torch.nn.functional.normalize(torch.randn(9, 192), dim=1), torch.arange(9), torch.rand(4, 9))
         examples.find(block, guides.atoms, guides.atom_indices, torch.randn(6, 49, 192))
+    examples.learned = digest(model.model)
     model._is_fitted = torch.tensor([True])
     model.visualizer._examples = examples
     return model
@@ -329,6 +313,39 @@ def test_names_that_are_alike_or_odd(tiny: SPG, tmp_path: Path) -> None:
     assert not tiny.model.backbone._forward_hooks
 
 
+def test_names_as_long_as_files_allow(tiny: SPG, tmp_path: Path) -> None:
+    """255 bytes, not characters; and as many folders in the name on the page as tell images apart."""
+    names = [
+        "x" * 251 + ".png",
+        "ü" * 125 + "x.png",
+        "a/x/1.png",
+        "b/x/1.png",
+        os.fsdecode(b"\xe4.png"),
+        os.fsdecode(b"\xf6.png"),
+    ]
+    for name in names:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (50, 50)).save(tmp_path / "in" / name)
+    records = explain_predictions(tiny, tmp_path / "out", tmp_path / "in")
+    folder = next((tmp_path / "out").rglob("explanations_of_predictions"))
+    assert len({record["picture"] for record in records}) == len(records) == len(names)
+    assert all((folder / record[kind]).is_file() for record in records for kind in ("picture", "thumbnail"))
+    assert len({record["name"] for record in records}) == len(names)
+    assert {"a/x/1.png", "b/x/1.png"} < {record["name"] for record in records}
+
+
+def test_scores_that_are_no_numbers(tiny: SPG, tmp_path: Path) -> None:
+    """A broken model is explained as far as that goes, in valid JSON."""
+    Image.new("RGB", (50, 50)).save(tmp_path / "x.png")
+    for guides in tiny.model.guides:
+        guides.vectors.fill_(float("nan"))
+        guides.coefficients.fill_(float("nan"))
+    tiny.visualizer._examples.learned = digest(tiny.model)
+    assert explain_predictions(tiny, tmp_path / "out", tmp_path / "x.png")[0]["score"] is None
+    for path in (tmp_path / "out").rglob("explanations.json"):
+        json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
 def test_what_is_not_ours_stays(tiny: SPG, tmp_path: Path) -> None:
     """Pictures of an earlier run go; a folder of the user's that happens to have the same name is left alone."""
     Image.new("RGB", (50, 50)).save(tmp_path / "x.png")
@@ -350,6 +367,63 @@ def test_an_interrupted_run_lets_go(tiny: SPG, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ZeroDivisionError):
         explain_predictions(tiny, tmp_path / "out", tmp_path / "x.png")
     assert not tiny.model.backbone._forward_hooks
+
+
+def test_an_interrupted_run_says_so(tiny: SPG, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pictures do not pass for those of the run before, nor is there half a file; the next run is whole again."""
+    for name in "ab":
+        Image.new("RGB", (50, 50)).save(tmp_path / f"{name}.png")
+    explain_predictions(tiny, tmp_path / "out", tmp_path / "a.png")
+    folder = next((tmp_path / "out").rglob("explanations_of_predictions"))
+    with monkeypatch.context() as patched:
+        patched.setattr(ExplanationVisualizer, "on_predict_end", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            explain_predictions(tiny, tmp_path / "out", tmp_path / "b.png")
+    assert [path.name for path in (folder / "pictures").iterdir()] == ["00000_b.jpg"]
+    assert not (folder / "index.html").exists()
+    with pytest.raises(ValueError, match="being written, or their run was interrupted"):
+        write_report(tmp_path / "out")
+    assert len(explain_predictions(tiny, tmp_path / "out", tmp_path / "a.png")) == 1
+    assert [path.name for path in (folder / "pictures").iterdir()] == ["00000_a.jpg"]
+    assert (folder / "index.html").is_file()
+
+
+@pytest.mark.parametrize("when", ["start", "picture", "end"])
+def test_a_full_disk(when: str, tiny: SPG, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message names the folder and the remedy, and the records stay unfinished."""
+    Image.new("RGB", (50, 50)).save(tmp_path / "x.png")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    if when == "picture":
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    elif when == "end":
+        monkeypatch.setattr(SPG, "figures", lambda *_: {"guides": ("guides", SimpleNamespace(savefig=full))})
+    else:
+        monkeypatch.setattr("anomalib_spg.explanations.visualizer._write_records", full)
+    with pytest.raises(
+        OSError, match=r"Cannot write explanations to '.*explanations_of_pred.*No space left.*Free space"
+    ):
+        explain_predictions(tiny, tmp_path / "out", tmp_path / "x.png")
+    records = list((tmp_path / "out").rglob("explanations.json"))
+    assert [json.loads(path.read_text()) for path in records] == [UNFINISHED] * (when != "start")
+
+
+def test_examples_of_other_guides(tiny: SPG, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Numbers of atoms mean nothing in another dictionary: the file is named, and its patches are not shown."""
+    Image.new("RGB", (50, 50)).save(tmp_path / "x.png")
+    own = tiny.visualizer._examples.save(tmp_path / "own.safetensors")
+    tiny.visualizer._examples.learned = "of another training"
+    other = tiny.visualizer._examples.save(tmp_path / "other.safetensors")
+    for path, fits in ((other, False), (own, True), (other, True)):  # the last falls back on those it had
+        caplog.clear()
+        tiny.visualizer.examples_path = path
+        explain_predictions(tiny, tmp_path / "out", tmp_path / "x.png")
+        assert (tiny.visualizer._examples is not None) == fits
+        assert ("lack example patches" in caplog.text) != fits
+        assert (f"'{path}' is not used" in caplog.text) == (path == other)
+    assert digest(tiny.model.bfloat16()) == tiny.visualizer._examples.learned
 
 
 def test_half_precision(tiny: SPG) -> None:

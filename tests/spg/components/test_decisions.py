@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The table of decisions, from made-up predictions."""
+
+import logging
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from anomalib.data import ImageBatch
+from anomalib.data.utils import read_image
+from PIL import ExifTags, Image
+
+from anomalib_spg.components.decisions import DecisionTable
+
+
+def table(folder: Path, paths: list[Path]) -> pd.DataFrame:
+    """The table of images that are outlined where they are bright."""
+    callback = DecisionTable()
+    model = SimpleNamespace(post_processor=SimpleNamespace(normalized_image_threshold=0.5))
+    trainer = SimpleNamespace(world_size=1, is_global_zero=True, default_root_dir=folder)
+    callback.on_predict_start(trainer, model)
+    for path in paths:
+        image = read_image(path, as_tensor=True)[None]
+        batch = ImageBatch(
+            image=image,
+            pred_score=torch.tensor([0.9]),
+            pred_label=torch.tensor([True]),
+            pred_mask=image.mean(dim=1) > 0.5,
+            image_path=[str(path)],
+        )
+        callback.on_predict_batch_end(trainer, model, batch, batch, 0)
+    callback.on_predict_end(trainer, model)
+    return pd.read_csv(folder / "predictions.csv")
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_boxes_of_turned_images(orientation: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Boxes are where the pixels are stored, as anomalib reads them; the warning says that viewers turn them."""
+    pixels = np.zeros((40, 80, 3), np.uint8)
+    pixels[5:15, 60:70] = 255
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    path = tmp_path / "part.png"
+    Image.fromarray(pixels).save(path, exif=exif)
+    with caplog.at_level(logging.WARNING):
+        assert table(tmp_path, [path]).boxes.tolist() == ["60 5 70 15"]
+    assert ("Viewers turn 1 rejected images" in caplog.text) == (orientation != 1)
+    assert (str(path) in caplog.text) == (orientation != 1)
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    """A name in another encoding does not cost the table."""
+    paths = [tmp_path / os.fsdecode(name) for name in (b"a.png", b"\xe4.png", b"\xf6.png")]
+    for path in paths:
+        Image.new("RGB", (8, 8), "white").save(path)
+    names = [Path(name).name for name in table(tmp_path, paths).image]
+    assert names == ["a.png", "\\udce4.png", "\\udcf6.png"]
