@@ -187,6 +187,11 @@ def deep(kind: str = "L", dtype: Any = np.uint16, scale: float = 257) -> Callabl
     return lambda: (np.asarray(colour().convert(kind)).astype(np.float64) * scale).astype(dtype)
 
 
+def in_16_bits(image: Image.Image) -> np.ndarray:
+    """Grey, with 16 bits a pixel."""
+    return np.asarray(image.convert("L")).astype(np.uint16) * 257
+
+
 def encoded(kind: str = "PNG", picture: Image.Image | None = None, **save: Any) -> bytes:
     """A file's bytes."""
     buffer = io.BytesIO()
@@ -521,6 +526,17 @@ def saved(kind: type, **arguments: Any) -> Callable[[Case], Path]:
         return case.folder / "odd.ckpt"
 
     return write
+
+
+def without(*keys: str) -> Callable[[dict[str, Any]], Any]:
+    """A checkpoint without an entry: its name, or where it lies."""
+
+    def change(content: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            content = content[key]
+        del content[keys[-1]]
+
+    return change
 
 
 def not_numbers(key: str) -> Callable[[dict[str, Any]], Any]:

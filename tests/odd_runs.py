@@ -138,7 +138,7 @@ def decided(case: Case, result: list[Any], count: int | None = None) -> None:
     assert len(set(paths)) == len(paths) > 0
     assert count is None or len(paths) == count
     table = pd.read_csv(next((case.folder / "results").rglob("predictions.csv")), keep_default_na=False)
-    assert table.image.tolist() == paths
+    assert table.image.tolist() == [path.encode(errors="backslashreplace").decode() for path in paths]
     assert set(table.decision) <= {"accepted", "rejected"}
 
 
@@ -154,6 +154,17 @@ def pictured(case: Case, result: list[Any]) -> None:
     decided(case, result)
     pictures = [path for path in (case.folder / "results").rglob("images/**/*") if path.is_file()]
     assert len(pictures) == sum(len(batch.image_path) for batch in result)
+
+
+def explained(case: Case, result: list[Any]) -> None:
+    """Every image has an explanation of its own, and there is a page."""
+    pictured(case, result)
+    found = next((case.folder / "results").rglob("explanations_of_predictions"))
+    assert (found / "index.html").is_file()
+    records = json.loads((found / "explanations.json").read_text(encoding="utf-8"))["images"]
+    pictures = {(found / record["picture"]).resolve() for record in records}
+    assert len(pictures) == len(records) == sum(len(batch.image_path) for batch in result)
+    assert all(path.is_file() for path in pictures)
 
 
 def fitted(case: Case, model: Any) -> None:
@@ -441,6 +452,11 @@ def export(case: Case, arguments: tuple[Any, str]) -> Any:
     """`anomalib export`."""
     model, kind = arguments
     return quiet_engine(case.folder / "results").export(model, kind, export_root=case.folder / "exported")
+
+
+def predict_explained(case: Case, path: Any) -> list[Any]:
+    """`anomalib predict` with the fitted LAKE and explanations of all images."""
+    return predict_with(LAKE, visualizer=ExplanationVisualizer("all"))(case, path)
 
 
 def explain_patchcore(case: Case, path: Any) -> Any:
