@@ -253,7 +253,10 @@ class SPGModel(nn.Module):
         has_anomalous, has_normal = any_process(kinds).tolist()
         if not (has_anomalous and has_normal):
             missing = "normal" if has_anomalous else "anomalous (with a mask)"
-            msg = f"SPG learns from normal and anomalous images; none of the {len(store)} stored ones is {missing}."
+            msg = (
+                f"SPG learns from normal and anomalous images; none of the {len(store)} stored ones is {missing}. "
+                "Give more images, or more views of them: whether an anomaly is drawn on one is left to chance."
+            )
             raise ValueError(msg)
         # Validation hooks, where Lightning may call this, run in inference mode; learning needs gradients.
         with torch.inference_mode(mode=False), torch.enable_grad(), full_precision(device):
