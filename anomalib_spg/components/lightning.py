@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from .backbone import DEFAULT_BACKBONE, default_image_size
-from .checkpoint import check_identity
+from .checkpoint import NameCheckpoint, check_identity
 from .compression import CompressBackboneOnly
 from .decisions import DecisionTable
 from .evaluator import default_evaluator
@@ -46,7 +46,7 @@ class FrozenBackboneMixin(CompressBackboneOnly):
     prior: ClassVar[Prior] = WEAK_PRIOR
 
     held_out: AnomalibDataset | None = None
-    _training_set: Any = None
+    _swapped: tuple[Any, Any] | None = None
 
     @staticmethod
     def resolve_image_size(image_size: int | Sequence[int] | None, backbone: str) -> tuple[int, int]:
@@ -126,6 +126,7 @@ class FrozenBackboneMixin(CompressBackboneOnly):
             *(callbacks if isinstance(callbacks, Sequence) else [callbacks]),
             DecisionTable(),
             _RestoreTrainingSet(),
+            NameCheckpoint(),
             CheckImages(),  # the last, because it may raise another error when there was one
         ]
 
@@ -140,6 +141,17 @@ class FrozenBackboneMixin(CompressBackboneOnly):
         """Run the training step only: without an optimiser, the gradient scaler of ``16-mixed`` would find nothing."""
         del epoch, batch_idx, optimizer
         optimizer_closure()
+
+    def to_torch(self, *args: Any, **kwargs: Any) -> Path:
+        """Export to torch as anomalib does, which saves a model that has learned nothing as well.
+
+        Raises:
+            RuntimeError: If there is nothing to export yet.
+        """
+        if not self.model.is_fitted:
+            msg = f"{self.name} has learned nothing yet, so there is nothing to export. Train it first."
+            raise RuntimeError(msg)
+        return super().to_torch(*args, **kwargs)
 
     def to_openvino(self, *args: Any, **kwargs: Any) -> Path:
         """Export to OpenVINO as anomalib does, with the antialiased resize of fit, test and predict."""
@@ -171,15 +183,15 @@ class FrozenBackboneMixin(CompressBackboneOnly):
             training_set (AnomalibDataset | PredictDataset): What to learn from.
         """
         datamodule: Any = getattr(self.trainer, "datamodule", None)
-        self._training_set = datamodule.train_data
+        self._swapped = datamodule, datamodule.train_data
         datamodule.train_data = training_set
 
     def restore_training_set(self) -> None:
         """Give the datamodule its training set back."""
-        if self._training_set is not None:
-            datamodule: Any = getattr(self.trainer, "datamodule", None)
-            datamodule.train_data = self._training_set
-            self._training_set = None
+        if self._swapped is not None:
+            datamodule, training_set = self._swapped
+            datamodule.train_data = training_set
+            self._swapped = None
 
     def on_train_start(self) -> None:
         """Give the datamodule its training set back: the dataloader is made by now."""
@@ -274,6 +286,12 @@ class FrozenBackboneMixin(CompressBackboneOnly):
 
 class _RestoreTrainingSet(Callback):
     """Gives the datamodule its training set back when a fit ends early; Lightning tells only callbacks of errors."""
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: PLR6301
+        """Where Lightning was told to train on no batch."""
+        del trainer
+        if isinstance(pl_module, FrozenBackboneMixin):
+            pl_module.restore_training_set()
 
     def on_exception(  # noqa: PLR6301  # Lightning calls it on the instance
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
