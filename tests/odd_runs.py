@@ -178,6 +178,13 @@ def fitted(case: Case, model: Any) -> None:
     assert torch.isfinite(result.anomaly_map).all()
 
 
+def learned(case: Case, model: Any) -> None:
+    """There are guides; a threshold would come from the target's good images."""
+    vectors = [guides.vectors for guides in model.model.guides]
+    assert all(torch.isfinite(vector).all() and vector.any(dim=1).all() for vector in vectors)
+    assert len(list((case.folder / "results").rglob("guides.safetensors"))) == 1
+
+
 def fitted_on_the_pictures(case: Case, model: Any) -> None:
     """It has seen what 8-bit files show: their parts are good, and a bad one is worse."""
     fitted(case, model)

@@ -101,6 +101,7 @@ from tests.odd_runs import (
     killed,
     killed_by_the_script,
     killed_while_writing,
+    learned,
     like_its_twin,
     loader_only,
     mistyped,
@@ -125,7 +126,7 @@ from tests.odd_runs import (
 )
 
 DECIDED, SAME, PICTURED, EXPLAINED = Right(decided), Right(like_its_twin), Right(pictured), Right(explained)
-REJECTED = Right(rejected)
+REJECTED, LEARNED = Right(rejected), Right(learned)
 FITTED, AS_PICTURES, WENT_ON = Right(fitted), Right(fitted_on_the_pictures), Right(tokens_gone)
 WORKS = Right(without_error)
 NAMED = Error((ValueError, OSError), r"odd\.\w+")  # the message names the file
@@ -387,7 +388,7 @@ MASKS = [
     *section(
         "mask to learn from",
         fit(SPG, labelled),
-        ("as it should be", parts_and_masks(), FITTED),
+        ("as it should be", parts_and_masks(), LEARNED),
         ("missing", mask(Path.unlink), Error(ANY, r"mask")),
         ("folder missing", parts_and_masks(lambda at: shutil.rmtree(at / "masks")), Error(ANY, "masks")),
         (
@@ -397,15 +398,15 @@ MASKS = [
         ),
         ("of another name", mask(lambda path: path.rename(path.with_name("x.png"))), Error(ANY, "mask")),
         ("all black", as_mask(lambda image: Image.new("L", image.size)), MASK),
-        ("all white", as_mask(lambda image: Image.new("L", image.size, 255)), FITTED),
+        ("all white", as_mask(lambda image: Image.new("L", image.size, 255)), LEARNED),
         ("of another size", as_mask(lambda image: image.resize((20, 20))), MASK),
         ("turned", as_mask(lambda image: image.crop((0, 0, 48, 30))), MASK),
-        ("values 0 and 1", as_mask(lambda image: image.point(lambda value: value // 255)), FITTED),
-        ("1 bit", as_mask(lambda image: image.convert("1")), FITTED),
-        ("colour", as_mask(lambda image: image.convert("RGB")), FITTED),
-        ("palette", as_mask(lambda image: image.convert("P")), FITTED),
-        ("grey values between", as_mask(lambda image: image.resize((12, 12)).resize((48, 48))), FITTED),
-        ("16-bit", as_mask(lambda image: np.asarray(image).astype(np.uint16) * 257), FITTED),
+        ("values 0 and 1", as_mask(lambda image: image.point(lambda value: value // 255)), LEARNED),
+        ("1 bit", as_mask(lambda image: image.convert("1")), LEARNED),
+        ("colour", as_mask(lambda image: image.convert("RGB")), LEARNED),
+        ("palette", as_mask(lambda image: image.convert("P")), LEARNED),
+        ("grey values between", as_mask(lambda image: image.resize((12, 12)).resize((48, 48))), LEARNED),
+        ("16-bit", as_mask(lambda image: np.asarray(image).astype(np.uint16) * 257), LEARNED),
         ("truncated", mask(lambda path: path.write_bytes(half(path.read_bytes()))), MASK),
         ("zero bytes", mask(lambda path: path.write_bytes(b"")), MASK),
         ("text", mask(lambda path: path.write_bytes(b"text")), MASK),
@@ -716,7 +717,7 @@ GUIDES_SAVING, LAKE_FIT = "anomalib_spg.torch_model.save_guides", "anomalib_lake
 FULL_GUIDES = Error(OSError, r"guides\.safetensors.*Make room")
 FULL_TOKENS = Error(OSError, "tokens.*Make room.*same command")
 IN_USE = Error(ANY, "tokens")
-NOT_YET = Error(ANY, "no normality bank yet|no guides yet")
+NOT_YET = Error(RuntimeError, "(LAKE|SPG).*yet.*Train it")
 CLIP = {"backbone": TINY_CLIP, "layers": [4], "text_weight": 0.3}
 
 ARGUMENTS = [
@@ -923,7 +924,7 @@ ORDER = [
             for kind in (LAKE, SPG)
             for name in ("bf16-true", "16-true", "64-true")
         ),
-        ("SPG, labelled, bf16-mixed", parts_and_masks(), fit(SPG, labelled, **at("bf16-mixed")), FITTED),
+        ("SPG, labelled, bf16-mixed", parts_and_masks(), fit(SPG, labelled, **at("bf16-mixed")), LEARNED),
         ("LAKE predicts, bf16-mixed", few(3), predict_with(LAKE, **at("bf16-mixed")), DECIDED),
         ("SPG predicts, bf16-mixed", few(3), predict_with(SPG, **at("bf16-mixed")), DECIDED),
     ),
