@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from anomalib.data import Batch
+from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule, MemoryBankMixin
 from anomalib.visualization import Visualizer
@@ -32,6 +32,7 @@ from .explain import explain
 from .figures import plot_neurons
 from .neurons import Normalization, Selection
 from .normal_images import draw_normal_images, image_labels
+from .text import prompts
 from .torch_model import DEFAULT_BACKBONE, LAKEModel
 
 logger = logging.getLogger(__name__)
@@ -166,6 +167,8 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignor
             temperature=temperature,
             sigma=sigma,
         )
+        if class_name is not None and self.model.text_weight > 0:
+            prompts(class_name, normal_prompts, anomalous_prompts)  # a mistake shows now, not after the images
 
     def setup(self, stage: str) -> None:
         """Before fitting, put the drawn normal images in the place of the training set, so that no other is decoded.
@@ -208,11 +211,11 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignor
             shown = ", ".join(self.normal_images[:8]) + (", ..." if len(self.normal_images) > 8 else "")
             logger.info("LAKE uses %d normal images: %s", len(self.normal_images), shown)
 
-    def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+    def training_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Store the patch tokens of a batch of normal images.
 
         Args:
-            batch (Batch): Normal images.
+            batch (ImageBatch): Normal images.
             *args: Additional arguments (unused).
             **kwargs: Additional keyword arguments (unused).
 
@@ -223,7 +226,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignor
         start = self.model.num_stored
         images = cast("torch.Tensor", batch.image)
         is_blank = (images.amax(dim=(2, 3)) == images.amin(dim=(2, 3))).all(dim=1).tolist()
-        blank = [path for path, found in zip(batch.image_path or (), is_blank, strict=False) if found]
+        blank = [path for path, found in zip(batch.image_path or [], is_blank, strict=False) if found]
         if blank:
             logger.warning(
                 "%d normal images are of a single colour: %s. If good parts do not look like that, leave them out.",

@@ -60,6 +60,9 @@ class SensitiveNeurons(DynamicBufferMixin, nn.Module):
             if value not in known:
                 msg = f"{name}='{value}' is unknown; choose one of {', '.join(known)}."
                 raise ValueError(msg)
+        if count == 1 and selection != "all" and normalization == "after":
+            msg = "num_neurons=1 with normalization='after' leaves only a sign of each patch. Give at least 2."
+            raise ValueError(msg)
         self.count = count
         self.selection = selection
         self.normalization = normalization

@@ -121,12 +121,15 @@ class LAKEModel(nn.Module):
                 "text_weight out (it is 0 then), or choose one of timm.list_models('vit_*_clip_*')."
             )
             raise ValueError(msg)
-        if not temperature > 0:
-            msg = f"temperature={temperature} must be positive."
+        if not 0 < temperature < math.inf:
+            msg = f"temperature={temperature} must be a positive number."
             raise ValueError(msg)
         layers = list(layers) if layers is not None else default_layers(depth)
         if not layers:
             msg = "layers=[] is empty; give at least one block, or leave it out."
+            raise ValueError(msg)
+        if not -depth <= semantic_layer < depth:
+            msg = f"semantic_layer={semantic_layer} must be one of the blocks 0 to {depth - 1}, or -{depth} to -1."
             raise ValueError(msg)
         if not scales or any(scale < 1 or scale % 2 == 0 for scale in scales):
             msg = f"scales={list(scales)} must be odd positive numbers, at least one; 1 compares single patches."
@@ -141,6 +144,13 @@ class LAKEModel(nn.Module):
         )
         self.layers: list[int] = sorted({layer % depth for layer in layers})
         self.scales: list[int] = sorted(set(scales))
+        grid = [-(-side // self.backbone.patch_size) for side in self.backbone.image_size]
+        if self.scales[-1] > min(grid):
+            msg = (
+                f"scales={self.scales} must not exceed the {grid[0]}x{grid[1]} patches of an image. Leave the larger "
+                "ones out, or raise image_size."
+            )
+            raise ValueError(msg)
         self.semantic_layer = semantic_layer % depth
         if num_neurons > self.backbone.embed_dim and selection != "all":
             msg = f"num_neurons={num_neurons} exceeds the {self.backbone.embed_dim} channels of '{backbone}'."
@@ -161,7 +171,7 @@ class LAKEModel(nn.Module):
         # Row 0 normal, row 1 anomalous.
         self.register_buffer("text_embeddings", torch.zeros(2, self.backbone.vit.num_classes if text_weight > 0 else 0))
         self.text_embeddings: torch.Tensor
-        self.anomaly_map_generator = AnomalyMapGenerator(self.backbone.patch_size, sigma)
+        self.anomaly_map_generator = AnomalyMapGenerator(self.backbone.patch_size, sigma, self.backbone.image_size)
         self.forget()
         self._checkpoint: dict[str, torch.Tensor] | None = None
 

@@ -2,6 +2,7 @@
 
 """Train on the labelled images of one dataset, validate and test on another."""
 
+import logging
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -12,6 +13,8 @@ import pandas as pd
 from anomalib.data import AnomalibDataModule, AnomalibDataset
 from anomalib.data.utils import LabelName, ValSplitMode
 from PIL import Image
+
+logger = logging.getLogger(__name__)
 
 
 class AuxiliaryTarget(AnomalibDataModule):
@@ -33,8 +36,8 @@ class AuxiliaryTarget(AnomalibDataModule):
         seed (int | None): Passed to both datamodules. Defaults to ``None``.
 
     Raises:
-        ValueError: If a datamodule is unknown, an anomalous auxiliary image has no mask or one of another size, or
-            there is no normal or no anomalous auxiliary image.
+        ValueError: If a datamodule is unknown, an anomalous auxiliary image has no mask or one of another size, all of
+            their masks are empty, or there is no normal or no anomalous auxiliary image.
 
     Example:
         >>> datamodule = AuxiliaryTarget(
@@ -70,6 +73,9 @@ class AuxiliaryTarget(AnomalibDataModule):
         self.target = _build(target, {**(target_args or {}), "seed": seed})
         self.category = self.target.category
         categories = [auxiliary_categories] if isinstance(auxiliary_categories, str) else auxiliary_categories
+        if not categories:
+            msg = "auxiliary_categories=[] names no category. Give one or several, or 'all'."
+            raise ValueError(msg)
         accepted = signature(_datamodule_class(auxiliary)).parameters
         arguments = {**(auxiliary_args or {}), "seed": seed}
         if "val_split_mode" in accepted:
@@ -165,11 +171,26 @@ def _check(dataset: AnomalibDataset) -> None:
             f"'{without.image_path.iloc[0]}'. The guides are learned from masks: add them or leave the images out."
         )
         raise ValueError(msg)
+    empty = []
     for image_path, mask_path in zip(anomalous.image_path, masks, strict=True):
-        with Image.open(image_path) as image, Image.open(mask_path) as mask:
-            if image.size != mask.size:
-                msg = (
-                    f"Mask '{mask_path}' is {mask.size[0]}x{mask.size[1]} pixels, its image '{image_path}' is "
-                    f"{image.size[0]}x{image.size[1]}. Masks must have the size of their images."
-                )
-                raise ValueError(msg)
+        try:
+            with Image.open(image_path) as image, Image.open(mask_path) as mask:
+                size, mask_size, is_empty = image.size, mask.size, mask.convert("L").getbbox() is None
+        except Exception as exception:  # PIL's decoders raise what they like
+            msg = f"Cannot read image '{image_path}' or its mask '{mask_path}': {exception}. Replace or remove them."
+            raise ValueError(msg) from exception
+        if size != mask_size:
+            msg = (
+                f"Mask '{mask_path}' is {mask_size[0]}x{mask_size[1]} pixels, its image '{image_path}' is "
+                f"{size[0]}x{size[1]}. Masks must have the size of their images."
+            )
+            raise ValueError(msg)
+        if is_empty:
+            empty.append(mask_path)
+    if empty:
+        found = f"{len(empty)} of {len(anomalous)} masks of anomalous auxiliary images are empty (all black)"
+        named = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+        if len(empty) == len(anomalous):
+            msg = f"{found}: {named}. The guides are learned from what masks mark: white, or any value above 0."
+            raise ValueError(msg)
+        logger.warning("%s, so that the guides learn these defects as normal: %s", found, named)

@@ -4,7 +4,8 @@
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from .token_store import TokenStore
 logger = logging.getLogger(__name__)
 
 GUIDE_NAMES = ("global_normal", "global_anomaly", "local_normal", "local_anomaly")
+BUFFERS = ("atoms", "atom_indices", "coefficients", "vectors")
 FILE_FORMAT = "anomalib_spg.guides"
 FILE_VERSION = "1"
 
@@ -204,7 +206,7 @@ def train_guides(
         description (str): Name shown beside the progress bar.
 
     Raises:
-        ValueError: If no atom is alive, or ``guide_top_k`` exceeds the living atoms.
+        ValueError: If no atom is alive, ``guide_top_k`` exceeds the living atoms, or ``sparsity`` leaves no atom.
     """
     device = guides.vectors.device
     patches, pooled, masks = store.patches[layer], store.pooled[layer], store.masks
@@ -270,6 +272,17 @@ def train_guides(
             guides.set(F.normalize(learned, dim=1), torch.arange(4, device=device), torch.diag(learned.norm(dim=1)))
             return
         guides.set(atoms, atom_indices, learned)
+    empty = [name for name, row in zip(GUIDE_NAMES, guides.coefficients, strict=True) if not row.any()]
+    if not guides.coefficients[2:].any():
+        msg = (
+            f"The guides of {description} have no atom left, so that every patch would get the same score. Lower "
+            f"sparsity={settings.sparsity}."
+        )
+        raise ValueError(msg)
+    if empty:
+        logger.warning(
+            "%s: %s without any atom. Lower sparsity=%s.", description, " and ".join(empty), settings.sparsity
+        )
     counts = ", ".join(
         f"{name} {int(n)}" for name, n in zip(GUIDE_NAMES, (guides.coefficients > 0).sum(1), strict=True)
     )
@@ -304,7 +317,7 @@ def save_guides(path: str | Path, guides: Sequence[Guides], metadata: dict[str, 
 
 
 def read_guides(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read a guides file.
+    """Read a guides file, and check that it is whole.
 
     Args:
         path (str | Path): File written by :func:`save_guides`.
@@ -313,7 +326,8 @@ def read_guides(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, An
         tuple[dict[str, torch.Tensor], dict[str, Any]]: Tensors named ``"<layer number>.<buffer>"``, and the metadata.
 
     Raises:
-        ValueError: If there is no such file, it is unreadable, or it is not a guides file.
+        ValueError: If there is no such file, it is unreadable, it is not a guides file, or its contents contradict each
+            other.
     """
     try:
         tensors, header = load_tensors(path)
@@ -325,8 +339,81 @@ def read_guides(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     if header.pop("format", None) != FILE_FORMAT:
         msg = f"'{path}' is a safetensors file but holds no SPG guides. Pass model weights as weights=, not guides=."
         raise ValueError(msg)
-    version = header.pop("version")
+    version = header.pop("version", None)
     if version != FILE_VERSION:
         msg = f"'{path}' has guides format {version}, this version reads {FILE_VERSION}. Update anomalib-spg-lake."
         raise ValueError(msg)
-    return tensors, {key: json.loads(value) for key, value in header.items()}
+    try:
+        metadata = {key: json.loads(value) for key, value in header.items()}
+    except ValueError as exception:
+        fault: str | None = f"its header is no JSON ({exception})"
+    else:
+        fault = guides_fault(tensors) or _metadata_fault(metadata, len(tensors) // len(BUFFERS))
+        if fault is None and not tensors["0.atoms"].numel():
+            fault = "it holds no atoms"
+    if fault:
+        msg = f"The guides file '{path}' is damaged: {fault}. Copy it again, or train SPG again."
+        raise ValueError(msg)
+    return tensors, metadata
+
+
+def guides_fault(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """Find out whether tensors of guides contradict each other.
+
+    Args:
+        tensors (Mapping[str, torch.Tensor]): Tensors named ``"<layer number>.<buffer>"``.
+
+    Returns:
+        str | None: What is wrong with the first that is, ``None`` if nothing is. Guides that have not been learned yet
+        are in order.
+
+    Example:
+        >>> guides_fault({f"0.{name}": tensor for name, tensor in Guides(dim=2).named_buffers()}) is None
+        True
+    """
+    layers = range(max(1, len(tensors) // len(BUFFERS)))
+    expected = {f"{layer}.{name}" for layer in layers for name in BUFFERS}
+    if set(tensors) != expected:
+        return f"its tensors are {sorted(tensors)} instead of {sorted(expected)}"
+    faults = (_layer_fault(*(tensors[f"{layer}.{name}"] for name in BUFFERS)) for layer in layers)
+    return next((f"in layer {layer}, {fault}" for layer, fault in enumerate(faults) if fault), None)
+
+
+def _layer_fault(
+    atoms: torch.Tensor, indices: torch.Tensor, coefficients: torch.Tensor, vectors: torch.Tensor
+) -> str | None:
+    shapes = [tuple(tensor.shape) for tensor in (atoms, indices, coefficients, vectors)]
+    count, dim = len(indices) if indices.ndim else 0, vectors.shape[-1] if vectors.ndim else 0
+    if shapes != [(count, dim), (count,), (4, count), (4, dim)]:
+        return f"the shapes {dict(zip(BUFFERS, shapes, strict=True))} do not fit together"
+    if indices.is_floating_point() or not all(x.is_floating_point() for x in (atoms, coefficients, vectors)):
+        return "a tensor has the wrong type"
+    atoms, coefficients, vectors = (tensor.float() for tensor in (atoms, coefficients, vectors))
+    if not all(tensor.isfinite().all() for tensor in (atoms, coefficients, vectors)):
+        return "there are numbers that are not finite"
+    if (coefficients < 0).any() or (indices < 0).any():
+        return "there are negative coefficients or atom indices"
+    if (coefficients @ atoms - vectors).abs().max() > 1e-2 * vectors.abs().max():  # coarse, for half precision
+        return "the vectors are not the sums of their atoms"
+    return None
+
+
+def _metadata_fault(metadata: dict[str, Any], layers: int) -> str | None:
+    """What is wrong with the metadata of guides for some layers; a value that is missing is not."""
+
+    def are_integers(values: Any, lowest: int, count: int) -> bool:  # noqa: ANN401  # whatever a file holds
+        return (
+            isinstance(values, list)
+            and len(values) == count
+            and all(type(value) is int and value >= lowest for value in values)
+        )
+
+    temperature = metadata.get("temperature", 1.0)
+    sound = {
+        "backbone": isinstance(metadata.get("backbone", ""), str),
+        "layers": "layers" not in metadata or are_integers(metadata["layers"], 0, layers),
+        "image_size": "image_size" not in metadata or are_integers(metadata["image_size"], 1, 2),
+        "temperature": type(temperature) in {int, float} and 0 < temperature < math.inf,
+        "settings": isinstance(metadata.get("settings", {}), dict),
+    }
+    return next((f"its header says {name}={metadata[name]!r}" for name, fits in sound.items() if not fits), None)

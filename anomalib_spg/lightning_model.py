@@ -31,7 +31,7 @@ from .explain import explain
 from .explanations.examples import Examples
 from .explanations.explanation import Explanation
 from .figures import plot_guides
-from .guides import Guides, read_guides
+from .guides import Guides, guides_fault, read_guides
 from .settings import GuideSettings
 from .synthesis import AnomalySynthesizer
 from .token_store import GIB, TokenStore, memory_need
@@ -86,9 +86,9 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
         top_fraction (float): Share of pixels for ``"top"``. Defaults to 0.01.
         cls_weight (float): Weight of the score by the pooled token against that of the map. Defaults to 0 (paper).
         memory_limit (float): Most memory stored tokens and masks may take, in GiB. Defaults to 16 (ours).
-        tokens_dir (str | Path | None): Folder where they go when they need more. It is emptied once the guides are
-            saved; if a run is interrupted, the same command goes on from what it left. ``None`` refuses instead.
-            Defaults to ``"tokens"`` (ours).
+        tokens_dir (str | Path | None): Folder where they go when they need more. A run deletes its own once the
+            guides are saved; if it is interrupted, the same command goes on from what it left. ``None`` refuses
+            instead. Defaults to ``"tokens"`` (ours).
         false_alarm_rate (float | None): Share of good parts that may be rejected. ``None`` is 0.08 (ours), or what a
             checkpoint was trained with. Defaults to ``None``.
         pixel_false_alarm_rate (float | None): Share of the pixels of good parts that may exceed the pixel threshold.
@@ -155,6 +155,12 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
     ) -> None:
         if not 0 <= hold_out < 1:
             msg = f"hold_out={hold_out} must lie in [0, 1): the share of good images that is not learned from."
+            raise ValueError(msg)
+        if views < 1:
+            msg = f"views={views} must be at least 1: how many times anomalies are drawn on each normal image."
+            raise ValueError(msg)
+        if not memory_limit >= 0:
+            msg = f"memory_limit={memory_limit} must not be negative: the most GiB of memory that tokens may take."
             raise ValueError(msg)
         settings = GuideSettings(
             dictionary=dictionary,
@@ -227,7 +233,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
             raise ValueError(msg)
         if stage == "fit":
             self.begin_fit()
-            self.model.store.clear()  # what a fit that failed has left in memory
+            self.model.store = TokenStore()  # forget what a fit that failed has left in memory
         if stage == "fit" and datamodule is not None:
             self._hold_out(datamodule)
         if stage == "fit" and self.trainer.world_size > 1:
@@ -289,10 +295,16 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
         names = [name for column in ("image_path", "mask_path") for name in samples.get(column, ()) if name]
         paths = [Path(name) for name in [*names, self.model.backbone.weights] if isinstance(name, str | Path)]
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime) for path in sorted(paths) if path.is_file()]
+        synthesizer = self.synthesizer
+        drawn = {"views": self.views, "synthesizer": [str(type(synthesizer)), getattr(synthesizer, "__dict__", "")]}
         return {
             **self.identity(),
+            "parameters": self.model.backbone.fingerprint(),
             "input_size": self.input_size,
-            "views": None if self._is_labelled(dataset) else self.views,
+            "transform": repr(getattr(self.pre_processor, "transform", None)),
+            "augmentations": repr(getattr(dataset, "augmentations", None)),
+            "precision": str(self.trainer.precision),
+            "drawn": None if self._is_labelled(dataset) else drawn,
             "seed": self.seed,
             "process": [self.trainer.global_rank, self.trainer.world_size],
             "files": stats,
@@ -429,6 +441,22 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
             "weights": None,
             "guides_file": None,
         }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore component configuration, and refuse the checkpoint of another model, or a damaged one.
+
+        Raises:
+            ValueError: If an argument that determines the meaning of the tensors differs, or the guides contradict
+                themselves.
+        """
+        super().on_load_checkpoint(checkpoint)
+        prefix = "model.guides."
+        state = checkpoint.get("state_dict", {}).items()
+        tensors = {name.removeprefix(prefix): value for name, value in state if name.startswith(prefix)}
+        fault = guides_fault(tensors) if tensors else None  # Lightning names what is missing
+        if fault:
+            msg = f"The guides in the checkpoint are damaged: {fault}. Copy it again, or train SPG again."
+            raise ValueError(msg)
 
     def identity(self) -> dict[str, Any]:
         """Arguments that decide what a checkpoint's tensors mean."""

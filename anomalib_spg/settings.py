@@ -2,6 +2,7 @@
 
 """What determines the guides, given tokens and masks."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -63,6 +64,6 @@ class GuideSettings:
         if not 0 <= self.ema_decay < 1:
             msg = f"ema_decay={self.ema_decay} must lie in [0, 1); 0 keeps the guides of the last step."
             raise ValueError(msg)
-        if not self.sparsity >= 0:
-            msg = f"sparsity={self.sparsity} must not be negative."
+        if not 0 <= self.sparsity < math.inf:
+            msg = f"sparsity={self.sparsity} must be a number, and not negative."
             raise ValueError(msg)

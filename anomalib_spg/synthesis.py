@@ -62,6 +62,9 @@ class AnomalySynthesizer:
         if not 0 <= probability <= 1 or not 0 < size[0] <= size[1] <= 1 or not 0 < strength[0] <= strength[1] <= 1:
             msg = f"Need probability in [0, 1] and rising ranges in (0, 1]; got {probability}, {size}, {strength}."
             raise ValueError(msg)
+        if max_anomalies < 1:
+            msg = f"max_anomalies={max_anomalies} must be at least 1."
+            raise ValueError(msg)
         self.probability = probability
         self.size = size
         self.max_anomalies = max_anomalies

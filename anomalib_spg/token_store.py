@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from .components.backbone import Backbone, Tokens
 from .components.files import load_tensors, save_tensors
+from .distributed import num_processes
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,8 @@ class TokenStore:
     Kept in memory or, with a folder, on disk: every batch is then written to its own file and memory-mapped, so
     that the system keeps in memory what fits. An interrupted run leaves its files; a store with the same folder and
     identity opens them again, and :attr:`restored` names the images that need no second pass through the backbone.
+    Runs at the same time never share files: while another process is at work on the same tokens, a store takes a
+    subfolder of its own.
 
     Args:
         folder (str | Path | None): Folder to write below. ``None`` keeps everything in memory. Defaults to ``None``.
@@ -60,11 +64,11 @@ class TokenStore:
         self._forget()
         self.memory_limit = memory_limit
         self.path: Path | None = None
+        self._lock: Any = None
         if folder is None:
             return
         digest = hashlib.sha256(json.dumps(identity or {}, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        self.path = Path(folder) / digest
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.path, self._lock = _own_folder(Path(folder), digest)
         for unfinished in self.path.glob("*.tmp"):
             unfinished.unlink()
         for file in sorted(self.path.glob("*.safetensors")):
@@ -101,8 +105,12 @@ class TokenStore:
         store = cls(memory_limit=memory_limit)
         if folder is None or need <= memory_limit * GIB:
             store.check_memory(backbone, num_images, image_size)
+        else:
+            store = cls(folder, identity, memory_limit)
+        if folder is not None and num_processes() == 1:  # several know of each other's
+            _tell_of_others(Path(folder), store.path)
+        if store.path is None or folder is None:
             return store
-        store = cls(folder, identity, memory_limit)
         check_space(folder, need * max(0, num_images - len(store)) // max(1, num_images))
         return store
 
@@ -174,9 +182,12 @@ class TokenStore:
         self._forget()
         if self.path is not None:
             shutil.rmtree(self.path, ignore_errors=True)
+            with suppress(OSError):  # Windows does not delete a file that is open
+                Path(self._lock.lock_file).unlink()
+            self._lock.release(force=True)
             with suppress(OSError):  # it holds another run's tokens
                 self.path.parent.rmdir()
-            self.path = None
+            self.path = self._lock = None
 
     def _forget(self) -> None:
         self.patches: list[list[torch.Tensor]] = []
@@ -212,6 +223,43 @@ class TokenStore:
         self._append(tensors, json.loads(header["grid"]))
         self._files = number + 1
         self.restored.update(json.loads(header["names"]))
+
+
+def _own_folder(folder: Path, name: str) -> tuple[Path, Any]:
+    """Make or take up a subfolder, and lock it: that of the name, or a numbered one while other processes have it.
+
+    The lock ends with the store or its process. A process may lock anew what it has locked, for a fit that was
+    interrupted in a notebook holds its lock as long as the model is there.
+    """
+    number = 1
+    while True:
+        path = folder / (name if number == 1 else f"{name}-{number}")
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{path}.lock", is_singleton=True, thread_local=False)
+        try:
+            lock.acquire(blocking=False)
+        except (Timeout, FileNotFoundError):  # another is at work there, or has just removed the folder
+            number += 1
+            continue
+        path.mkdir(parents=True, exist_ok=True)
+        return path, lock
+
+
+def _tell_of_others(folder: Path, own: Path | None) -> None:
+    """Say what else lies in the folder: tokens of interrupted runs would fill the disk unnoticed."""
+    files: dict[str, int] = {}
+    for file in folder.glob("*/*.safetensors"):
+        if file.parent != own:
+            with suppress(OSError):  # deleted just now
+                files[file.parent.name] = files.get(file.parent.name, 0) + file.stat().st_size
+    if files:
+        logger.warning(
+            "%.2f GiB of tokens of other runs lie in '%s' (%s). A run that was interrupted goes on from them when the "
+            "same command is given again; delete what no run needs.",
+            sum(files.values()) / GIB,
+            folder,
+            ", ".join(sorted(files)),
+        )
 
 
 def memory_need(backbone: Backbone, num_images: int, image_size: tuple[int, int]) -> int:

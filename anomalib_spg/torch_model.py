@@ -94,10 +94,15 @@ class SPGModel(nn.Module):
         if image_score not in {"max", "top", "lse"}:
             msg = f"image_score='{image_score}' is unknown; choose 'max', 'top' or 'lse'."
             raise ValueError(msg)
-        for name, value in {"cls_weight": cls_weight, "top_fraction": top_fraction}.items():
-            if not 0 <= value <= 1:
-                msg = f"{name}={value} must lie in [0, 1]."
-                raise ValueError(msg)
+        if not 0 <= cls_weight <= 1:
+            msg = f"cls_weight={cls_weight} must lie in [0, 1]; 0 leaves the score to the map."
+            raise ValueError(msg)
+        if not 0 < top_fraction <= 1:
+            msg = f"top_fraction={top_fraction} must lie in (0, 1]: the share of pixels that make the score."
+            raise ValueError(msg)
+        if temperature is not None and not 0 < temperature < math.inf:
+            msg = f"temperature={temperature} must be a positive number."
+            raise ValueError(msg)
 
         tensors, stored = read_guides(guides_file) if guides_file is not None else ({}, {})
         self.backbone = Backbone(
@@ -107,11 +112,11 @@ class SPGModel(nn.Module):
             weights=weights,
             image_size=image_size or stored.get("image_size"),
         )
-        self.temperature = temperature or stored.get("temperature", 0.07)
+        self.temperature: float = stored.get("temperature", 0.07) if temperature is None else temperature
         self.image_score = image_score
         self.top_fraction = top_fraction
         self.cls_weight = cls_weight
-        self.anomaly_map_generator = AnomalyMapGenerator(self.backbone.patch_size, sigma)
+        self.anomaly_map_generator = AnomalyMapGenerator(self.backbone.patch_size, sigma, self.backbone.image_size)
 
         self.guides: ModuleList[Guides] = ModuleList(Guides(self.backbone.embed_dim) for _ in self.backbone.layers)
         if guides_file is not None:
@@ -241,7 +246,7 @@ class SPGModel(nn.Module):
                 of every training image, which are forgotten afterwards.
 
         Raises:
-            ValueError: If nothing was stored, or no image, or every image, is anomalous.
+            ValueError: If nothing was stored, no image, or every image, is anomalous, or no mask marks anything.
         """
         settings = settings or GuideSettings()
         store = self.store
@@ -257,6 +262,10 @@ class SPGModel(nn.Module):
                 f"SPG learns from normal and anomalous images; none of the {len(store)} stored ones is {missing}. "
                 "Give more images, or more views of them: whether an anomaly is drawn on one is left to chance."
             )
+            raise ValueError(msg)
+        marked = any(bool(mask.any()) for mask, label in zip(store.masks, store.labels, strict=True) if label)
+        if not any_process(torch.tensor([marked], device=device)).item():
+            msg = "The masks of all anomalous images are empty; SPG learns from what they mark."
             raise ValueError(msg)
         # Validation hooks, where Lightning may call this, run in inference mode; learning needs gradients.
         with torch.inference_mode(mode=False), torch.enable_grad(), full_precision(device):

@@ -10,7 +10,7 @@ What it does beyond ``anomalib benchmark``:
 - Every model is evaluated with the same metrics (:func:`anomalib_spg.components.evaluator.default_evaluator`) on the
   ranking of its raw scores (:class:`anomalib_spg.components.raw_scores.RawScorePostProcessor`).
 - Every finished job is written to ``<output>/results.csv`` at once, and the same command resumes an interrupted run. A
-  failing job is reported, and the others still run.
+  failing job is reported, and the others still run. Several runs may write to one folder at the same time.
 - SPG jobs with the same guides learn them once, into ``<output>/guides``: those that differ only in the target of
   :class:`anomalib_spg.AuxiliaryTarget`, or in arguments that act at inference only.
 
@@ -43,6 +43,7 @@ from anomalib.pipelines.components.base import Pipeline, Runner
 from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
 from anomalib.utils.config import flatten_dict
 from anomalib.utils.logging import LoggerRedirectError, hide_output
+from filelock import FileLock
 from jsonargparse import ArgumentParser, Namespace
 from lightning import seed_everything
 
@@ -220,6 +221,9 @@ class ResumingRunner(Runner):
         results, failures = [], []
         for number, (job, name) in enumerate(todo, start=len(jobs) - len(todo) + 1):
             print(f"[{number}/{len(jobs)}] {name}", flush=True)
+            if any(row["job"] == job.key for row in _read_rows(path)):
+                print("    done by another run", flush=True)
+                continue
             start = time.time()
             try:
                 row = job.run()
@@ -387,8 +391,13 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
 
 def _append_row(path: Path, row: dict[str, Any]) -> None:
     texts = {name: "" if value is None else str(value) for name, value in row.items()}
-    with atomic_write(path) as temporary:
-        BenchmarkJob.collect([*_read_rows(path), texts]).to_csv(temporary, index=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):  # another run may have the same output folder
+        rows = _read_rows(path)
+        if any(known["job"] == row["job"] for known in rows):
+            return
+        with atomic_write(path) as temporary:
+            BenchmarkJob.collect([*rows, texts]).to_csv(temporary, index=False)
 
 
 def main() -> None:

@@ -2,6 +2,8 @@
 
 """From a map over patches to a smooth map over pixels."""
 
+import math
+
 import torch
 from anomalib.models.components import GaussianBlur2d
 from anomalib.models.components.filters.blur import compute_kernel_size
@@ -31,6 +33,10 @@ class AnomalyMapGenerator(nn.Module):
     Args:
         patch_size (int): Side of a patch in pixels.
         sigma (float): Standard deviation of the smoothing in pixels; 0 for none.
+        image_size (tuple[int, int] | None): Height and width that the smoothing must fit into, where they are known.
+
+    Raises:
+        ValueError: If ``sigma`` is negative, no number, or too large for the images.
 
     Example:
         >>> generator = AnomalyMapGenerator(patch_size=14, sigma=4)
@@ -38,8 +44,13 @@ class AnomalyMapGenerator(nn.Module):
         torch.Size([2, 1, 42, 65])
     """
 
-    def __init__(self, patch_size: int, sigma: float) -> None:
+    def __init__(self, patch_size: int, sigma: float, image_size: tuple[int, int] | None = None) -> None:
         super().__init__()
+        # The kernel reaches 4 sigma beyond the edge, where the image is reflected: once, hence not beyond its far side.
+        highest = math.inf if image_size is None else (min(image_size) - 0.5) / 4
+        if not 0 <= sigma < highest or math.isinf(sigma):
+            msg = f"sigma={sigma} must lie in [0, {highest:g}) pixels for images of {image_size} pixels; 0 for none."
+            raise ValueError(msg)
         self.patch_size = patch_size
         kernel_size = (compute_kernel_size(sigma), 1)
         self.blur = GaussianBlur2d(sigma=sigma, kernel_size=kernel_size) if sigma > 0 else nn.Identity()

@@ -7,6 +7,7 @@ Any timm ViT with patch tokens serves. The four published ones are
 ``vit_large_patch14_clip_quickgelu_336.openai`` and ``vit_large_patch16_siglip_384.webli``.
 """
 
+import hashlib
 import logging
 import sys
 from collections.abc import Sequence
@@ -119,6 +120,11 @@ class Backbone(nn.Module):
             self.vit_arguments["num_classes"] = 0
         self.patch_size: int = _meta_vit(name).patch_embed.patch_size[0]
         if image_size is not None:
+            if any(-side % self.patch_size >= side for side in image_size):  # more to pad than there is to reflect
+                msg = (
+                    f"image_size={tuple(image_size)} is too small for patches of {self.patch_size} pixels of '{name}'."
+                )
+                raise ValueError(msg)
             self.vit_arguments["img_size"] = tuple(-(-size // self.patch_size) * self.patch_size for size in image_size)
         self.vit = timm.create_model(name, pretrained=False, **self.vit_arguments)
         self.vit.requires_grad_(requires_grad=False)
@@ -164,6 +170,16 @@ class Backbone(nn.Module):
                 raise RuntimeError(msg) from exception
             self.vit.load_state_dict(source.state_dict())
         self.has_weights = True
+
+    def fingerprint(self) -> str:
+        """Digest of some values of every parameter, by which other weights are told apart.
+
+        Returns:
+            str: Hexadecimal digits.
+        """
+        self.load_weights()
+        values = torch.cat([parameter.detach().flatten()[:64].float().cpu() for parameter in self.vit.parameters()])
+        return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
 
     def load_state(self, state: dict[str, Any], source: str | Path) -> None:
         """Load weights strictly; timm's own loader ignores missing keys where the head is left out.

@@ -69,9 +69,9 @@ class FrozenBackboneMixin(CompressBackboneOnly):
         """
         if image_size is None:
             return default_image_size(backbone)
-        sizes = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        if len(sizes) != 2 or min(sizes) < 1:
-            msg = f"image_size={image_size} must be a positive number of pixels, or height and width."
+        sizes = tuple(image_size) if isinstance(image_size, list | tuple) else (image_size, image_size)
+        if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
+            msg = f"image_size={image_size!r} must be a positive whole number of pixels, or height and width."
             raise ValueError(msg)
         return sizes[0], sizes[1]
 

@@ -75,13 +75,7 @@ class GoodPartsPostProcessor(PostProcessor):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        for name, rate in (
-            ("false_alarm_rate", false_alarm_rate),
-            ("pixel_false_alarm_rate", pixel_false_alarm_rate),
-        ):
-            if rate is not None and not 0 < rate <= 0.5:
-                msg = f"{name}={rate} must lie in (0, 0.5]: the share of good parts, or of their pixels, above it."
-                raise ValueError(msg)
+        _check_rates(false_alarm_rate, pixel_false_alarm_rate)
         self.false_alarm_rate = false_alarm_rate
         self.pixel_false_alarm_rate = pixel_false_alarm_rate
         self.prior = Prior(*prior)
@@ -188,6 +182,7 @@ class GoodPartsPostProcessor(PostProcessor):
             >>> post_processor.image_threshold
             tensor(0.4972)
         """
+        _check_rates(false_alarm_rate, pixel_false_alarm_rate)
         self.false_alarm_rate = false_alarm_rate or self.false_alarm_rate
         self.pixel_false_alarm_rate = pixel_false_alarm_rate or self.pixel_false_alarm_rate
         named, scores = self.false_alarm_rate, self._scores
@@ -309,6 +304,14 @@ class GoodPartsPostProcessor(PostProcessor):
         x = (logit(cls.to_unit(preds)).to(unit.dtype) - logit(threshold)) / unit
         shown = 0.5 + 1.5 * x / (2 + 3 * x.abs())
         return torch.where(torch.isnan(threshold) | torch.isnan(norm_min), preds.to(shown.dtype), shown)
+
+
+def _check_rates(false_alarm_rate: float | None, pixel_false_alarm_rate: float | None) -> None:
+    rates = {"false_alarm_rate": false_alarm_rate, "pixel_false_alarm_rate": pixel_false_alarm_rate}
+    for name, rate in rates.items():
+        if rate is not None and not 0 < rate <= 0.5:
+            msg = f"{name}={rate} must lie in (0, 0.5]: the share of good parts, or of their pixels, above it."
+            raise ValueError(msg)
 
 
 def _quantile(counts: torch.Tensor, share: float) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from anomalib.data import Folder
@@ -272,6 +273,22 @@ def test_unreadable_normal_image_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"train/good/002\.png"):
         fit_until_drawn()
     assert len(datamodule.train_data) == 4, "a failed fit must leave the datamodule as it was"
+
+
+@pytest.mark.parametrize("place", ["drawn or held out", "few_shot_source"])
+def test_image_of_16_bits_is_named(tmp_path: Path, place: str) -> None:
+    """Wherever LAKE takes its normal images from, and whether it compares with this one or sets the threshold by it."""
+    root = make_mvtec(tmp_path / "data", categories=("brick",))
+    source = root / "brick/train/good"
+    few = None
+    if place == "few_shot_source":
+        few = shutil.copytree(source, tmp_path / "few")
+    part = (few or source) / "002.png"
+    Image.fromarray(np.asarray(Image.open(part).convert("L")).astype(np.uint16) * 16).save(part)
+    model = build(k_shot=None if few else 2, few_shot_source=few)
+    with pytest.raises(ValueError, match=rf"Image '{part}' has mode I;16"):
+        engine(tmp_path).fit(model=model, datamodule=data(root))
+    assert not model.model.num_stored
 
 
 def test_unreadable_image_of_a_folder_is_named(mvtec: Path, tmp_path: Path) -> None:

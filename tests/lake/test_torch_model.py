@@ -231,7 +231,7 @@ def test_order_of_steps() -> None:
         ({"text_weight": 1.5}, r"text_weight=1\.5 must lie in \[0, 1\]"),
         ({"scales": []}, r"scales=\[\] must be odd"),
         ({"scales": [1, 2]}, r"scales=\[1, 2\] must be odd"),
-        ({"temperature": 0}, "temperature=0 must be positive"),
+        ({"temperature": 0}, "temperature=0 must be a positive"),
         ({"bank_size": 0}, "bank_size=0"),
         ({"backbone": TINY_CLIP, "normal_prompts": []}, "normal_prompts"),
     ],

@@ -96,6 +96,36 @@ def test_mask_of_another_size(tmp_path: Path, visa: Path) -> None:
         build(root, visa).setup()
 
 
+def test_empty_masks(tmp_path: Path, visa: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Some are named, all are refused."""
+    root = make_mvtec(tmp_path, categories=("brick",))
+    masks = sorted((root / "brick/ground_truth/hole").iterdir())
+    Image.new("L", (96, 96)).save(masks[1])
+    build(root, visa, auxiliary_categories="brick").setup()
+    assert "1 of 4 masks of anomalous auxiliary images are empty" in caplog.text
+    assert str(masks[1]) in caplog.text
+    for mask in masks:
+        Image.new("1", (96, 96)).save(mask)
+    with pytest.raises(ValueError, match=r"4 of 4 masks .* are empty.*000_mask\.png"):
+        build(root, visa, auxiliary_categories="brick").setup()
+
+
+@pytest.mark.parametrize("kept", [0, 60])
+def test_unreadable_mask(tmp_path: Path, visa: Path, kept: int) -> None:
+    """Empty or cut off: named with its image."""
+    root = make_mvtec(tmp_path, categories=("brick",))
+    mask = root / "brick/ground_truth/hole/001_mask.png"
+    mask.write_bytes(mask.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"Cannot read image '.*hole/001\.png' or its mask '.*001_mask\.png'"):
+        build(root, visa, auxiliary_categories="brick").setup()
+
+
+def test_no_categories(mvtec: Path, visa: Path) -> None:
+    """An empty list is a mistake."""
+    with pytest.raises(ValueError, match="names no category"):
+        build(mvtec, visa, auxiliary_categories=[])
+
+
 @pytest.mark.parametrize(("folder", "word"), [("test/good", "normal"), ("test/hole", "anomalous")])
 def test_both_kinds_are_needed(tmp_path: Path, visa: Path, folder: str, word: str) -> None:
     """No normal, or no anomalous auxiliary image."""

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from anomalib_spg import GuideSettings
 from anomalib_spg.components.anomaly_map import to_pixels
 from anomalib_spg.components.backbone import Tokens
-from anomalib_spg.guides import Guides, read_guides, save_guides, train_guides
+from anomalib_spg.guides import FILE_FORMAT, FILE_VERSION, Guides, read_guides, save_guides, train_guides
 from anomalib_spg.token_store import TokenStore
 
 
@@ -184,3 +184,89 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "new.safetensors", metadata=header)
     with pytest.raises(ValueError, match="format 9"):
         read_guides(tmp_path / "new.safetensors")
+
+
+@pytest.mark.parametrize("name", ["half.safetensors", "header.safetensors", "lake.ckpt", "", ".", "none/"])
+def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Cut off, no safetensors, no file at all: the name, and what file is wanted."""
+    monkeypatch.chdir(tmp_path)
+    whole = save_guides(tmp_path / "whole.safetensors", [learned_guides()], {}).read_bytes()
+    Path("half.safetensors").write_bytes(whole[: len(whole) // 2])
+    Path("header.safetensors").write_bytes(whole[:20])
+    torch.save({"state_dict": {}}, "lake.ckpt")
+    with pytest.raises(ValueError, match="Cannot read the guides file") as caught:
+        read_guides(name)
+    assert f"'{name}'" in str(caught.value)
+    assert "that training SPG leaves" in str(caught.value)
+
+
+def learned_guides() -> Guides:
+    """Guides as after learning."""
+    guides = Guides(3)
+    guides.set(torch.eye(3)[:2], torch.tensor([4, 7]), torch.tensor([[1.0, 0], [0, 2], [1, 1], [0.5, 0]]))
+    return guides
+
+
+GOOD = {"layers": "[3]", "image_size": "[64, 64]", "temperature": "0.07", "backbone": '"vit"', "settings": "{}"}
+NAN = torch.full((4, 3), float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "header", "message"),
+    [
+        ({}, {}, None),
+        ({"0.vectors": None}, {}, "its tensors are"),
+        ({"0.more": torch.zeros(1)}, {}, "its tensors are"),
+        ({"0.atoms": torch.zeros(2, 4)}, {}, "do not fit together"),
+        ({"0.coefficients": torch.ones(4, 3)}, {}, "do not fit together"),
+        ({"0.vectors": torch.ones(3)}, {}, "do not fit together"),
+        ({"0.atom_indices": torch.tensor(1)}, {}, "do not fit together"),
+        ({"0.atom_indices": torch.tensor([1.0, 2.0])}, {}, "wrong type"),
+        ({"0.vectors": torch.ones(4, 3, dtype=torch.long)}, {}, "wrong type"),
+        ({"0.vectors": NAN}, {}, "not finite"),
+        ({"0.atoms": NAN[:2]}, {}, "not finite"),
+        ({"0.coefficients": -torch.ones(4, 2)}, {}, "negative coefficients"),
+        ({"0.vectors": torch.ones(4, 3)}, {}, "not the sums of their atoms"),
+        ({}, {"layers": "[3"}, "no JSON"),
+        ({}, {"layers": "3"}, "layers=3"),
+        ({}, {"layers": "[3, 5]"}, r"layers=\[3, 5\]"),
+        ({}, {"layers": "[true]"}, r"layers=\[True\]"),
+        ({}, {"image_size": "[64]"}, r"image_size=\[64\]"),
+        ({}, {"image_size": "[64, 0]"}, r"image_size=\[64, 0\]"),
+        ({}, {"image_size": "[64, 64.5]"}, "image_size="),
+        ({}, {"temperature": "0"}, "temperature=0"),
+        ({}, {"temperature": "NaN"}, "temperature=nan"),
+        ({}, {"temperature": '"warm"'}, "temperature='warm'"),
+        ({}, {"backbone": "3"}, "backbone=3"),
+        ({}, {"settings": "[]"}, r"settings=\[\]"),
+        ({}, {"version": None}, "guides format None"),
+    ],
+)
+def test_files_that_contradict_themselves(tmp_path: Path, tensors: dict, header: dict, message: str | None) -> None:
+    """Whatever was changed is named, with the file."""
+    own = {f"0.{name}": tensor for name, tensor in learned_guides().named_buffers()}
+    tensors = {name: value for name, value in {**own, **tensors}.items() if value is not None}
+    whole = {"format": FILE_FORMAT, "version": FILE_VERSION, **GOOD, **header}
+    save_file(tensors, tmp_path / "g.safetensors", {name: text for name, text in whole.items() if text is not None})
+    if message is None:
+        assert read_guides(tmp_path / "g.safetensors")[1]["layers"] == [3]
+        return
+    with pytest.raises(ValueError, match=message) as caught:
+        read_guides(tmp_path / "g.safetensors")
+    assert str(tmp_path / "g.safetensors") in str(caught.value)
+
+
+def test_guides_without_atoms_are_no_guides(tmp_path: Path) -> None:
+    """What was never learned cannot be used elsewhere."""
+    with pytest.raises(ValueError, match="holds no atoms"):
+        read_guides(save_guides(tmp_path / "g.safetensors", [Guides(3)], {}))
+
+
+def test_too_much_sparsity(caplog: pytest.LogCaptureFixture) -> None:
+    """Guides that lost all their atoms are refused, one that did is named."""
+    with pytest.raises(ValueError, match=r"no atom left.*sparsity=1000"):
+        learn(sparsity=1000.0, ema_decay=0.0)
+    with patch("anomalib_spg.guides.AveragedModel") as averaged:
+        averaged.return_value.module.return_value = torch.tensor([[0.0] * 7, *[[1.0] * 7] * 3])
+        learn(epochs=1)
+    assert "global_normal without any atom. Lower sparsity=0.001" in caplog.text

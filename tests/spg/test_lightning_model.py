@@ -13,9 +13,11 @@ from anomalib.data import Folder
 from anomalib.engine import Engine
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
+from torchvision.transforms.v2 import RandomHorizontalFlip
 
 from anomalib_spg import SPG, AuxiliaryTarget, SPGModel
 from anomalib_spg.guides import read_guides
+from anomalib_spg.synthesis import AnomalySynthesizer
 from tests.helpers import TINY, data, engine, make_mvtec, raw_metrics
 
 
@@ -112,6 +114,17 @@ def test_checkpoint_of_another_model(
     """The message says what differs and what to do."""
     with pytest.raises(ValueError, match=message):
         engine(tmp_path).test(build(**arguments), datamodule=data(mvtec), ckpt_path=trained[1].best_model_path)
+
+
+def test_checkpoint_with_damaged_guides(trained: tuple, tmp_path: Path) -> None:
+    """Numbers that are none, and vectors that are not those of the atoms, are seen when it is loaded."""
+    checkpoint = torch.load(trained[1].best_model_path, weights_only=True)
+    vectors = checkpoint["state_dict"]["model.guides.0.vectors"]
+    for damage, message in ((float("nan"), "not finite"), (0.0, "not the sums of their atoms")):
+        checkpoint["state_dict"]["model.guides.0.vectors"] = torch.cat([vectors[:3], vectors[3:] * damage])
+        torch.save(checkpoint, tmp_path / "damaged.ckpt")
+        with pytest.raises(ValueError, match=f"guides in the checkpoint are damaged: .*{message}"):
+            SPG.load_from_checkpoint(tmp_path / "damaged.ckpt")
 
 
 def test_guides_file_is_used_without_training(trained: tuple, mvtec: Path, tmp_path: Path) -> None:
@@ -259,13 +272,68 @@ def test_corrected_masks_are_read_again(tmp_path: Path, visa: Path, monkeypatch:
         model = build(seed=0, memory_limit=0)
         with patch("anomalib_spg.torch_model.train_sae", side_effect=KeyboardInterrupt), pytest.raises(SystemExit):
             engine(tmp_path).fit(model=model, datamodule=auxiliary(root, visa))
-        return len(list(Path("tokens").iterdir()))
+        return len([path for path in Path("tokens").iterdir() if path.is_dir()])
 
     assert stored() == 1
     assert stored() == 1
     mask = next((root / "brick/ground_truth").rglob("*.png"))
     Image.new("L", Image.open(mask).size, 255).save(mask)
     assert stored() == 2
+
+
+@pytest.mark.parametrize(
+    ("difference", "resumed"),
+    [
+        ({}, True),
+        ({"k": 4}, True),
+        ({"views": 3}, False),
+        ({"seed": 1}, False),
+        ({"weights": "others"}, False),
+        ({"normalise": "otherwise"}, False),
+        ({"synthesizer": AnomalySynthesizer(probability=0.7)}, False),
+        ({"augmentations": RandomHorizontalFlip()}, False),
+        ({"precision": "bf16-mixed"}, False),
+    ],
+)
+def test_what_an_interrupted_run_left_is_taken_up_only_where_it_fits(
+    difference: dict[str, Any], resumed: bool, mvtec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same views, seed, weights, normalisation, synthesizer, augmentations, precision; what acts later may differ."""
+    monkeypatch.chdir(tmp_path)
+
+    def interrupt(**given: Any) -> int:
+        arguments = {name: given[name] for name in ("k", "views", "seed") if name in given}
+        model = build(**{"seed": 0, "memory_limit": 0, **arguments})
+        model.synthesizer = given.get("synthesizer", model.synthesizer)
+        if "weights" in given:
+            torch.nn.init.normal_(model.model.backbone.vit.blocks[-1].mlp.fc2.bias)
+        if "normalise" in given:
+            model.pre_processor.transform.transforms[-1].mean = [0.1, 0.2, 0.3]
+        run = engine(tmp_path, precision=given.get("precision", "32-true"))
+        datamodule = data(mvtec, train_augmentations=given.get("augmentations"))
+        with (
+            patch.object(model.model, "_store", wraps=model.model._store) as store,
+            patch("anomalib_spg.torch_model.train_sae", side_effect=KeyboardInterrupt),
+            pytest.raises(SystemExit),
+        ):
+            run.fit(model=model, datamodule=datamodule)
+        return store.call_count
+
+    assert interrupt() == 2
+    assert interrupt(**difference) == (0 if resumed else difference.get("views", 2))
+
+
+def test_the_same_object_goes_on_after_an_interruption(
+    mvtec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a notebook, where the cell is run again: what is on the disk stays there."""
+    monkeypatch.chdir(tmp_path)
+    model = build(seed=0, memory_limit=0)
+    with patch("anomalib_spg.torch_model.train_sae", side_effect=KeyboardInterrupt), pytest.raises(SystemExit):
+        engine(tmp_path).fit(model=model, datamodule=data(mvtec))
+    with patch.object(model.model, "_store", side_effect=AssertionError("passed again")):
+        engine(tmp_path).fit(model=model, datamodule=data(mvtec))
+    assert not Path("tokens").exists()
 
 
 def test_unreadable_image_is_named(tmp_path: Path) -> None:

@@ -65,9 +65,16 @@ def test_sizes_are_varied() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"contents": ("rust",)}, {"contents": ()}, {"probability": 1.5}, {"size": (0.5, 0.1)}, {"strength": (0.0, 1.0)}],
+    [
+        {"contents": ("rust",)},
+        {"contents": ()},
+        {"probability": 1.5},
+        {"size": (0.5, 0.1)},
+        {"strength": (0.0, 1.0)},
+        {"max_anomalies": 0},
+    ],
 )
 def test_bad_arguments(arguments: dict) -> None:
     """Unknown kinds and empty ranges."""
-    with pytest.raises(ValueError, match="choose from|rising ranges"):
+    with pytest.raises(ValueError, match="choose from|rising ranges|max_anomalies=0"):
         AnomalySynthesizer(**arguments)

@@ -4,6 +4,7 @@
 
 import platform
 import shutil
+import subprocess
 import sys
 from itertools import chain
 from pathlib import Path
@@ -13,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from anomalib_spg.components.backbone import Tokens
+from anomalib_spg.components.backbone import Backbone, Tokens
 from anomalib_spg.token_store import TokenStore, check_space
-from tests.helpers import run_command
+from tests.helpers import TINY, run_command
 
 
 def batch(images: int = 2, layers: int = 2) -> tuple[Tokens, torch.Tensor, list[bool]]:
@@ -82,6 +83,64 @@ def test_damaged_file_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert len(TokenStore(tmp_path)) == 4
 
 
+RUN = """
+import sys, torch
+from anomalib_spg.components.backbone import Tokens
+from anomalib_spg.token_store import TokenStore
+store = TokenStore(sys.argv[1], {"backbone": "a"})
+tokens = Tokens([torch.full((1, 6, 4), 7.0)], [torch.zeros(1, 4)], (2, 3))
+store.add(tokens, torch.zeros(1, 8, 12), [False], names=["theirs"])
+print(store.path.name, flush=True)
+input()
+store.add(tokens, torch.zeros(1, 8, 12), [True], names=["later"])
+assert len(store) == 2 and all((patches == 7).all() for patches in store.patches[0])
+assert sorted(path.name for path in store.path.iterdir()) == ["000000.safetensors", "000001.safetensors"]
+if input() == "clear":
+    store.clear()
+"""
+
+
+@pytest.mark.command
+@pytest.mark.parametrize("ending", ["clear", "leave"])
+def test_two_runs_at_once_share_no_file(ending: str, tmp_path: Path) -> None:
+    """Of the same tokens in one folder, in two processes: each has a subfolder, which the other's end leaves alone."""
+    folder = tmp_path / "tokens"
+    command = [sys.executable, "-c", RUN, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        theirs = other.stdout.readline().strip()
+        mine = TokenStore(folder, {"backbone": "a"})
+        assert theirs
+        assert mine.path.name != theirs
+        assert not mine.restored
+        mine.add(*batch(), names=["mine", "too"])
+        mine.clear()
+        assert (folder / theirs).exists()
+        mine = TokenStore(folder, {"backbone": "a"})
+        mine.add(*batch(), names=["mine", "too"])
+        other.communicate(f"\n{ending}\n", timeout=60)
+    assert other.returncode == 0
+    assert mine.path.exists()
+    mine.clear()
+    if ending == "clear":
+        assert not folder.exists()
+    else:  # the process ended, and with it its lock
+        assert TokenStore(folder, {"backbone": "a"}).restored == {"theirs", "later"}
+
+
+def test_tokens_of_other_runs_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """How much, where, and what to do; also when one's own fit in memory. One's own are not."""
+    backbone, folder = Backbone(TINY, pre_trained=False), tmp_path / "tokens"
+    for identity in ({"k": 1}, {"k": 1}):
+        TokenStore.fitting(backbone, 2, (8, 12), 0, folder, identity).add(*batch(), names=["a", "b"])
+    assert not caplog.text
+    left = next(path.name for path in folder.iterdir() if path.is_dir())
+    for limit in (0, 1):
+        TokenStore.fitting(backbone, 2, (8, 12), limit, folder, {"k": 2}).clear()
+        assert f"0.00 GiB of tokens of other runs lie in '{folder}' ({left})" in caplog.text
+        assert "when the same command is given again" in caplog.text
+        caplog.clear()
+
+
 def test_full_disk(tmp_path: Path) -> None:
     """The message says what to do, what was stored stays, and no half file is left."""
     store = TokenStore(tmp_path)
@@ -114,7 +173,7 @@ def test_freed_memory_goes_back_to_the_system(tmp_path: Path) -> None:
     """Holes between small objects that stay, as hundreds of written batches leave them, are given back by the next."""
     code = """
 import sys, torch
-from anomalib_spg.components.backbone import Tokens
+from anomalib_spg.components.backbone import Backbone, Tokens
 from anomalib_spg.token_store import TokenStore
 def memory():
     lines = open("/proc/self/status").read().splitlines()

@@ -164,7 +164,7 @@ def test_guides_of_another_backbone_are_refused(tmp_path: Path, arguments: dict,
 
 
 def test_what_cannot_be_learned_from() -> None:
-    """No images; none anomalous; none normal; no masks; masks of another size."""
+    """No images; none anomalous; none normal; empty masks; no masks; masks of another size."""
     with pytest.raises(ValueError, match="no training images"):
         build().fit()
     for value, kind in ((0, "anomalous"), (1, "normal")):
@@ -172,6 +172,10 @@ def test_what_cannot_be_learned_from() -> None:
         model(torch.randn(2, 3, 32, 32), torch.full((2, 32, 32), value))
         with pytest.raises(ValueError, match=f"none of the 2 stored ones is {kind}"):
             model.fit()
+    model = build().train()
+    model(torch.randn(2, 3, 32, 32), torch.zeros(2, 32, 32), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="masks of all anomalous images are empty"):
+        model.fit()
     with pytest.raises(ValueError, match="there are none"):
         build().train()(torch.randn(2, 3, 32, 32))
     with pytest.raises(ValueError, match=r"masks of shape \(2, 16, 32\)"):

@@ -195,8 +195,9 @@ def test_another_rate_needs_no_training() -> None:
 @pytest.mark.parametrize("arguments", [{"false_alarm_rate": 0.0}, {"pixel_false_alarm_rate": 1.0}])
 def test_bad_rates(arguments: dict) -> None:
     """Messages name the value."""
-    with pytest.raises(ValueError, match=rf"{next(iter(arguments))}={next(iter(arguments.values()))}"):
-        GoodPartsPostProcessor(**arguments)
+    for refuse in (GoodPartsPostProcessor, GoodPartsPostProcessor().place_thresholds):
+        with pytest.raises(ValueError, match=rf"{next(iter(arguments))}={next(iter(arguments.values()))}"):
+            refuse(**arguments)
 
 
 def test_report_says_what_is_known() -> None:

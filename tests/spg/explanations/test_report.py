@@ -207,7 +207,7 @@ def test_many_images_in_a_browser(tmp_path: Path) -> None:
     page = write_report(tmp_path)
     once = dump(page)
     assert shown_names(once) == [f"{number}.png" for number in range(299, 179, -1)]
-    assert "300 of 300 explained images" in once
+    assert "300 of 300 rejected images" in once
     assert "Show more (180 left)" in once
     page.write_text(
         page.read_text(encoding="utf-8") + "<script>document.getElementById('more').click(); more();</script>"
@@ -258,7 +258,11 @@ def test_questions_without_an_answer_in_a_browser(tmp_path: Path) -> None:
     everything = dump(write_report(tmp_path))
     assert "accepted, labelled defective" in everything
     assert not re.search(about, everything)
-    folder = run_in(tmp_path)
+    folder = run_in(tmp_path, record(threshold=None, rejected=None))
+    undecided = dump(write_report(tmp_path))
+    assert shown_names(undecided) == ["bad/x.png"]
+    assert '<option value="rejected">' not in undecided
+    assert not re.search(about, undecided)
     run = json.loads((folder / "explanations.json").read_text())
     (folder / "explanations.json").write_text(json.dumps({**run, "images": []}))
     assert "No image was explained, because none was rejected." in dump(write_report(tmp_path))

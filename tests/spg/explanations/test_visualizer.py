@@ -450,7 +450,10 @@ def test_exports_hold_no_training_images(tiny: SPG, mvtec: Path, tmp_path: Path)
         visualizer=ExplanationVisualizer(),
     )
     engine(tmp_path).fit(trained, datamodule=data(mvtec))
-    kept = Examples.load(next(tmp_path.rglob("examples.safetensors"))).images
+    path = next(tmp_path.rglob("examples.safetensors"))
+    of_guides = SPGModel("vit_tiny_patch16_224", guides_file=path.with_name("guides.safetensors"), pre_trained=False)
+    assert Examples.load(path).learned == digest(trained.model) == digest(of_guides)
+    kept = Examples.load(path).images
     assert kept
     assert trained.examples is None
     assert trained.visualizer._examples.images.items() >= kept.items()
