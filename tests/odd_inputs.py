@@ -405,7 +405,7 @@ def interrupted(damage: Callable[[list[Path]], Any] = lambda _: None, **argument
 
     def write(case: Case) -> Path:
         path = case.good(4)
-        model = build(SPG, memory_limit=0, **arguments)
+        model = build(SPG, memory_limit=0, weights=case.made.weights, pre_trained=True, **arguments)
         run = quiet_engine(case.folder / "results")
         with patch("anomalib_spg.torch_model.train_sae", side_effect=KeyboardInterrupt), suppress(SystemExit):
             run.fit(model=model, datamodule=good_parts(path, train_batch_size=2))
@@ -452,6 +452,12 @@ def linked_folder(case: Case) -> Path:
 def few(count: int) -> Callable[[Case], Path]:
     """So many good parts."""
     return lambda case: case.good(count)
+
+
+def all_black(at: Path) -> None:
+    """Masks that mark nothing."""
+    for path in (at / "masks").iterdir():
+        write_image(path, Image.new("L", (48, 48)))
 
 
 def mask(change: Callable[[Path], Any]) -> Callable[[Case], Path]:
@@ -548,7 +554,13 @@ def train(*arguments: Any, model: str = "LAKE", **config: Any) -> Callable[[Case
     """Arguments of `anomalib train` on a folder, with a config of the quick model, changed."""
 
     def write(case: Case) -> list[Any]:
-        chosen = {"backbone": VIT, "pre_trained": False, "layers": [1, 3], "image_size": SIZE, "visualizer": False}
+        chosen = {
+            "backbone": VIT,
+            "weights": str(case.made.weights),
+            "layers": [1, 3],
+            "image_size": SIZE,
+            "visualizer": False,
+        }
         chosen |= {"k_shot": 2, "num_neurons": 20} if model == "LAKE" else {}
         folders = {"name": "part", "root": str(case.folder), "normal_dir": case.good(6).name, "num_workers": 0}
         modes = {"test_split_mode": "none", "val_split_mode": "none"}

@@ -7,18 +7,24 @@ must hold then (``Right``), or it is refused with a message that names the file 
 comes, no file that was there is changed, nothing half-written and nothing temporary stays: that is checked each time.
 """
 
+import os
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pytest
+import skimage
+import sklearn
 import torch
 from anomalib.data.errors import MisMatchError
 from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from anomalib_lake import LAKE
 from anomalib_spg import SPG
@@ -27,6 +33,7 @@ from tests.odd_inputs import (
     VIT,
     Case,
     Made,
+    all_black,
     all_good,
     among_good,
     as_mask,
@@ -98,6 +105,7 @@ from tests.odd_runs import (
     fit_with,
     fitted,
     fitted_on_the_pictures,
+    hashes,
     killed,
     killed_by_the_script,
     killed_while_writing,
@@ -397,7 +405,8 @@ MASKS = [
             Error(ANY, r"mask|length"),
         ),
         ("of another name", mask(lambda path: path.rename(path.with_name("x.png"))), Error(ANY, "mask")),
-        ("all black", as_mask(lambda image: Image.new("L", image.size)), MASK),
+        ("one of two all black", as_mask(lambda image: Image.new("L", image.size)), LEARNED),
+        ("all of them all black", parts_and_masks(all_black), Error(ValueError, r"2 of 2 masks.*masks/1\.png.*white")),
         ("all white", as_mask(lambda image: Image.new("L", image.size, 255)), LEARNED),
         ("of another size", as_mask(lambda image: image.resize((20, 20))), MASK),
         ("turned", as_mask(lambda image: image.crop((0, 0, 48, 30))), MASK),
@@ -548,6 +557,7 @@ TOKENS = [
 ]
 
 
+DAMAGED_GUIDES = Error(ValueError, "guides in the checkpoint are damaged.*not finite.*train SPG again")
 ODD_CHECKPOINT = Error((*ANY, Exception), r"odd\.ckpt")
 
 CHECKPOINTS = [
@@ -615,7 +625,11 @@ CHECKPOINTS = [
         ("as it should be", damaged("spg_checkpoint", bytes, "odd.ckpt"), DECIDED),
         ("truncated", damaged("spg_checkpoint", half, "odd.ckpt"), ODD_CHECKPOINT),
         ("of LAKE", damaged("lake_checkpoint", bytes, "odd.ckpt"), Error(ValueError, "LAKE|layers=")),
-        ("its guides not numbers", checkpoint_with("spg_checkpoint", not_numbers("model.guides.0.vectors")), REJECTED),
+        (
+            "its guides not numbers",
+            checkpoint_with("spg_checkpoint", not_numbers("model.guides.0.vectors")),
+            DAMAGED_GUIDES,
+        ),
         ("of a model that never learned", saved(SPG), Error(RuntimeError, "no guides yet")),
     ),
     *section(
@@ -963,6 +977,8 @@ ORDER = [
     *several("explanations", ("of another model", few(2), explain_patchcore, Error(ANY, "Patchcore"))),
 ]
 
+SUFFIXES = {*IMG_EXTENSIONS, ".gif", ".jp2", ".ico", ".tga", ".dds", ".icns", ".psd", ".pcx", ".xbm", ".svg"}
+
 CATALOGUE = [*IMAGES, *NAMES, *FOLDERS, *MASKS, *GUIDES, *TOKENS, *CHECKPOINTS, *WEIGHTS, *ARGUMENTS, *CONFIGS]
 CATALOGUE += [*STOPS, *ORDER]
 
@@ -993,6 +1009,39 @@ def words(row: Row) -> str:
 def test_kind(row: Row, case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     """Each kind of input gets what the table says."""
     check(row, case, lambda: capsys.readouterr().err)
+
+
+def collections() -> dict[str, Path]:
+    """Folders of images that others have made: of installed packages, and what ODD_IMAGES names."""
+    found = {
+        "scikit-image": Path(skimage.__file__).parent / "data",
+        "scikit-learn": Path(sklearn.__file__).parent / "datasets" / "images",
+        "matplotlib": Path(mpl.get_data_path()),
+        "ODD_IMAGES": Path(os.environ.get("ODD_IMAGES", "")),
+    }
+    return {name: path for name, path in found.items() if path.is_dir() and path != Path()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", collections())
+def test_images_of_others(name: str, case: Case) -> None:
+    """Every file of the collection is decided on with a finite score, or refused by a message that names it."""
+    root = collections()[name]
+    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    before, outcomes = hashes(*{path.parent for path in paths}), Counter()
+    for path in paths:
+        shutil.rmtree(case.folder / "results", ignore_errors=True)
+        try:
+            result = predict(case, path)
+        except (ValueError, OSError) as error:
+            outcomes["refused by name" if str(path) in str(error) else f"wrong: {path}: {error}"] += 1
+        else:
+            decided(case, result, 1)
+            outcomes["decided"] += 1
+    assert set(outcomes) <= {"decided", "refused by name"}
+    assert outcomes["decided"] > 0
+    assert hashes(*{path.parent for path in paths}) == before
+    print(name, dict(outcomes))  # for those who run it by hand, with -s
 
 
 @pytest.mark.command
