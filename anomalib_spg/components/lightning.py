@@ -284,6 +284,20 @@ class FrozenBackboneMixin(CompressBackboneOnly):
         return LearningType.ONE_CLASS
 
 
+def check_seed(seed: int | None) -> None:
+    """Refuse a seed now that would stop the fit.
+
+    Args:
+        seed (int | None): Seed.
+
+    Raises:
+        ValueError: If it is no number of 32 bits.
+    """
+    if seed is not None and not 0 <= seed < 2**32:
+        msg = f"seed={seed} must lie between 0 and {2**32 - 1}, or be left out."
+        raise ValueError(msg)
+
+
 class _RestoreTrainingSet(Callback):
     """Gives the datamodule its training set back when a fit ends early; Lightning tells only callbacks of errors."""
 
