@@ -57,7 +57,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignor
         image_size (int | tuple[int, int] | None): Size images are resized to. ``None`` is 448, or 518 for CLIP (ours).
         k_shot (int | None): Normal images to use, drawn with the seed; ``None`` for all. Defaults to 4 (ours).
         few_shot_source (str | Path | None): Folder of normal images to draw from instead of the training set.
-        num_neurons (int): Sensitive neurons per layer, K. Defaults to 100 (paper).
+        num_neurons (int): Sensitive neurons per layer, K, at least 2. Defaults to 100 (paper).
         selection (Literal["variance", "random", "lowest", "pca", "all"]): Rule that chooses them: variance (paper), or
             a control.
         normalization (Literal["after", "before", "none"]): Bring tokens to unit length after the selection (ours),
@@ -178,8 +178,14 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignor
             stage (str): Stage of the trainer.
 
         Raises:
-            ValueError: If there are no normal images, or fewer than ``k_shot``.
+            ValueError: If there are no normal images, or fewer than ``k_shot``, or there are several processes.
         """
+        if stage == "fit" and self.trainer.world_size > 1:
+            msg = (
+                f"LAKE compares with a few normal images, which one process passes; this run has "
+                f"{self.trainer.world_size}. Fit it with --trainer.devices 1 (and one node)."
+            )
+            raise ValueError(msg)
         super().setup(stage)
         if stage == "fit" and self.seed is not None:
             seed_everything(self.seed, workers=True)
@@ -237,7 +243,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignor
         self.model(images)
         if self.examples is not None:
             self.examples.add(images, self.model.backbone.mean, self.model.backbone.std, start)
-        return torch.tensor(0.0, requires_grad=True, device=self.device)
+        return self.no_loss()
 
     def fit(self) -> None:
         """Choose the sensitive neurons and fill the banks from the stored tokens."""

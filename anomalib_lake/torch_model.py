@@ -63,7 +63,7 @@ class LAKEModel(nn.Module):
             towers; without text a file in timm's naming will do. Defaults to ``None``.
         image_size (tuple[int, int] | None): Height and width images are expected to have. Others work, slightly slower.
             ``None`` is the size the weights were trained with.
-        num_neurons (int): Sensitive neurons per layer, K. Defaults to 100 (paper).
+        num_neurons (int): Sensitive neurons per layer, K, at least 2. Defaults to 100 (paper).
         selection (str): Rule that chooses them: ``"variance"`` (paper), or a control: ``"random"``, ``"lowest"``,
             ``"pca"``, ``"all"``. See :class:`SensitiveNeurons`.
         normalization (str): Bring tokens to unit length ``"after"`` the selection (ours), ``"before"``, or ``"none"``.

@@ -83,7 +83,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
         sigma (float): Gaussian smoothing of the map in pixels; 0 for none. Defaults to 4 (paper).
         image_score (Literal["max", "top", "lse"]): How the map becomes a score: its maximum (paper), the mean of its
             top ``top_fraction``, or log-mean-exp. Defaults to ``"max"``.
-        top_fraction (float): Share of pixels for ``"top"``. Defaults to 0.01.
+        top_fraction (float): Share of pixels for ``"top"``, in (0, 1]. Defaults to 0.01.
         cls_weight (float): Weight of the score by the pooled token against that of the map. Defaults to 0 (paper).
         memory_limit (float): Most memory stored tokens and masks may take, in GiB. Defaults to 16 (ours).
         tokens_dir (str | Path | None): Folder where they go when they need more. A run deletes its own once the
@@ -237,10 +237,6 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
             self.model.store = TokenStore()  # forget what a fit that failed has left in memory
         if stage == "fit" and datamodule is not None:
             self._hold_out(datamodule)
-        if stage == "fit" and self.trainer.world_size > 1:
-            # DistributedDataParallel refuses a module without trainable parameters, and SPG has none: its stages
-            # all-reduce their own gradients. So one small frozen parameter is declared trainable; its gradient is zero.
-            min(self.model.backbone.parameters(), key=torch.Tensor.numel).requires_grad_()
 
     def _hold_out(self, datamodule: Any) -> None:  # noqa: ANN401  # any of anomalib's datamodules
         dataset = datamodule.train_data
@@ -248,12 +244,16 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
         if self._is_labelled(dataset) or good_validation_images(datamodule) >= ENOUGH:
             return
         everything = list(range(len(dataset)))
+
+        def chosen(count: int) -> list[int]:  # by the first process, whose seed may be another
+            return self.trainer.strategy.broadcast(choose(everything, count))
+
         if self.guides_file is not None:
-            self.held_out = dataset.subsample(choose(everything, MOST))
+            self.held_out = dataset.subsample(chosen(MOST))
         elif len(dataset) < FEWEST or self.hold_out == 0:
-            self._learned = dataset.subsample(choose(everything, MOST))
+            self._learned = dataset.subsample(chosen(MOST))
         else:
-            held_out = choose(everything, min(MOST, max(1, int(len(dataset) * self.hold_out))))
+            held_out = chosen(min(MOST, max(1, int(len(dataset) * self.hold_out))))
             self.held_out = dataset.subsample(held_out)
             learned = dataset.subsample(sorted(set(everything) - set(held_out)))
             self._learned = learned if len(held_out) < ENOUGH else None
@@ -360,9 +360,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):  # type: ignore
                 self.model(images, masks, labels, new_names)
                 if self.examples is not None:
                     self.examples.add(images, self.model.backbone.mean, self.model.backbone.std, start, new_names)
-        trained = [parameter.sum() for parameter in self.model.parameters() if parameter.requires_grad]
-        zero = torch.tensor(0.0, requires_grad=True, device=self.device)
-        return 0 * sum(trained, start=zero) if trained else zero
+        return self.no_loss()
 
     def fit(self) -> None:
         """Learn dictionary and guides from the stored tokens, and save the guides file."""

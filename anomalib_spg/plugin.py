@@ -15,7 +15,6 @@ import sys
 import warnings
 from importlib.machinery import ModuleSpec
 from importlib.metadata import entry_points
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -24,36 +23,40 @@ GROUPS = ("anomalib.models", "anomalib.data")  # each named after the module its
 
 def autoload() -> None:
     """Have :func:`register_models` called once ``anomalib.models`` is imported. Never raises."""
-    try:
-        if "anomalib.models" in sys.modules:
-            register_models()
-        else:
-            sys.meta_path.insert(0, _Finder())
-    except Exception as exception:  # noqa: BLE001  # `import torch` must survive whatever goes wrong here
-        warnings.warn(f"anomalib plugins are not registered: {exception!r}", stacklevel=2)
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+    _register()
 
 
 class _Finder:
     """Import hook that lets ``anomalib.models`` be found as usual, and registers the plugins once it has run.
 
-    The library wrapt offers such hooks, but importing it takes longer than everything else here.
+    It stays: an import may be interrupted and tried again, the module may be looked for without being imported, and it
+    may be reloaded. The library wrapt offers such hooks, but importing it takes longer than everything else here.
     """
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:  # noqa: ANN401
-        del path, target
         if name != "anomalib.models":
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
+        others = (finder for finder in list(sys.meta_path) if finder is not self)
+        specs = (finder.find_spec(name, path, target) for finder in others if hasattr(finder, "find_spec"))
+        spec = next((spec for spec in specs if spec is not None), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                register_models(module)
+                _register(module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # of this loader only
         return spec
+
+
+def _register(models: ModuleType | None = None) -> None:
+    try:
+        register_models(models)
+    except Exception as exception:  # noqa: BLE001  # importing torch and anomalib must survive whatever goes wrong here
+        warnings.warn(f"anomalib plugins are not registered: {exception!r}", stacklevel=3)
 
 
 def register_models(models: ModuleType | None = None) -> None:
@@ -113,7 +116,7 @@ class _Awaiting(ModuleType):
     def __getattribute__(self, name: str) -> Any:  # noqa: ANN401
         if _is_complete(self):
             self.__class__ = ModuleType  # type: ignore[assignment]  # back to what it was
-            register_models(self)
+            _register(self)
         return ModuleType.__getattribute__(self, name)
 
 

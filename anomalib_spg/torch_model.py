@@ -52,7 +52,7 @@ class SPGModel(nn.Module):
         sigma (float): Gaussian smoothing of the map in pixels; 0 for none. Defaults to 4 (paper).
         image_score (str): How the map becomes a score: its maximum (``"max"``, paper), the mean of its top
             ``top_fraction`` of pixels (``"top"``), or ``T log mean exp(map / T)`` with the temperature (``"lse"``).
-        top_fraction (float): Share of pixels for ``"top"``. Defaults to 0.01.
+        top_fraction (float): Share of pixels for ``"top"``, in (0, 1]. Defaults to 0.01.
         cls_weight (float): Weight of the score by the pooled token against that of the map, in [0, 1]. 1 is the
             published CLS score. Defaults to 0 (paper).
 

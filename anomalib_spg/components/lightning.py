@@ -15,6 +15,7 @@ from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from .backbone import DEFAULT_BACKBONE, default_image_size
@@ -160,16 +161,47 @@ class FrozenBackboneMixin(CompressBackboneOnly):
         return path
 
     def setup(self, stage: str) -> None:
-        """Refuse precisions in which more than the backbone would be rounded.
+        """Refuse what would go wrong in silence, before anything is computed.
 
         Args:
             stage (str): Stage of the trainer.
 
         Raises:
-            ValueError: If the trainer has such a precision.
+            ValueError: If the precision would round more than the backbone, or several processes have divided the
+                images differently.
         """
         super().setup(stage)
         check_precision(str(self.trainer.precision))
+        if self.trainer.world_size > 1:
+            self._check_images()
+        if stage == "fit" and isinstance(self.trainer.strategy, DDPStrategy):
+            # DistributedDataParallel refuses a module without trainable parameters, and a frozen backbone has none. So
+            # one small parameter is declared trainable; :meth:`no_loss` gives it a gradient of zero.
+            min(self.model.backbone.parameters(), key=torch.Tensor.numel).requires_grad_()
+
+    def _check_images(self) -> None:
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        sets = [getattr(datamodule, f"{name}_data", None) for name in ("train", "val", "test")]
+        samples = [getattr(images, "samples", {}) for images in sets]
+        mine = [[Path(path).parts[-3:] for path in known.get("image_path", ())] for known in samples]
+        everywhere: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(everywhere, mine)
+        if any(other != mine for other in everywhere):
+            msg = (
+                f"The {self.trainer.world_size} processes have divided the images differently into those for training, "
+                "validation and test, so that some would be learned from and tested. Give the datamodule a seed "
+                "(--data.seed <n>), or use one process (--trainer.devices 1)."
+            )
+            raise ValueError(msg)
+
+    def no_loss(self) -> torch.Tensor:
+        """Zero, with a gradient of zero for what is declared trainable.
+
+        Returns:
+            torch.Tensor: What a training step returns to Lightning.
+        """
+        trained = [parameter.sum() for parameter in self.model.parameters() if parameter.requires_grad]
+        return 0 * sum(trained, start=torch.tensor(0.0, requires_grad=True, device=self.device))
 
     def begin_fit(self) -> None:
         """Make every fit learn: the object may have been fitted before, or left in evaluation mode by an error."""

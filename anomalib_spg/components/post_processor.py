@@ -12,6 +12,7 @@ from anomalib.data.utils.synthetic import SyntheticAnomalyDataset
 from anomalib.post_processing import PostProcessor
 from lightning import LightningModule, Trainer
 from torch import distributed
+from torch.utils.data import DistributedSampler
 
 from .threshold import WEAK_PRIOR, GoodPartThreshold, Prior, best_with_bad, good_part_threshold, logit
 
@@ -87,6 +88,7 @@ class GoodPartsPostProcessor(PostProcessor):
         # Logits of scores: held-out good images, leave-one-out ones of those learned from, those of validation.
         self._scores: dict[str, list[float]] = {"held_out": [], "learned": [], "good": [], "bad": []}
         self._pixels = {name: torch.zeros(BINS, dtype=torch.long) for name in ("held_out", "good")}
+        self._validated = 0  # images of this process
 
     @staticmethod
     def to_unit(scores: torch.Tensor) -> torch.Tensor:
@@ -123,6 +125,7 @@ class GoodPartsPostProcessor(PostProcessor):
         del trainer, pl_module
         self._scores |= {"good": [], "bad": []}
         self._pixels["good"] = torch.zeros(BINS, dtype=torch.long)
+        self._validated = 0
 
     def on_validation_batch_end(
         self,
@@ -140,11 +143,21 @@ class GoodPartsPostProcessor(PostProcessor):
         drawn = isinstance(getattr(loader, "dataset", None), SyntheticAnomalyDataset)
         bad = outputs.gt_label.detach().bool().flatten().to(outputs.pred_score.device)
         scores = outputs.pred_score.detach().flatten()
-        self._scores["good"] += self._logits(scores[~bad])
+        new = self._first_time(loader, len(scores)).to(bad.device)
+        self._scores["good"] += self._logits(scores[~bad & new])
         if not drawn:
-            self._scores["bad"] += self._logits(scores[bad])
+            self._scores["bad"] += self._logits(scores[bad & new])
         if outputs.anomaly_map is not None:
-            self._pixels["good"] += self._histogram(outputs.anomaly_map[~bad])
+            self._pixels["good"] += self._histogram(outputs.anomaly_map[~bad & new])
+
+    def _first_time(self, loader: Any, count: int) -> torch.Tensor:  # noqa: ANN401
+        """Which of the next images of validation count: not those that only make all processes' shares equal."""
+        numbers = torch.arange(self._validated, self._validated + count)
+        self._validated += count
+        sampler = getattr(loader, "sampler", None)
+        if not isinstance(sampler, DistributedSampler):
+            return torch.ones(count, dtype=torch.bool)
+        return numbers * sampler.num_replicas + sampler.rank < len(sampler.dataset)  # type: ignore[arg-type]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Place the thresholds, and say what they rest on."""

@@ -132,6 +132,57 @@ assert anomalib.models.AnomalibModule.__subclasses__() == before
     python(code + FIND, tmp_path)
 
 
+@pytest.mark.parametrize("first", ["import torch", ""])  # with "", anomalib.models is the first to import torch
+@pytest.mark.parametrize("error", ["KeyboardInterrupt", "ImportError"])
+def test_an_interrupted_import_is_tried_again(first: str, error: str, tmp_path: Path) -> None:
+    """Somebody presses Ctrl+C while anomalib.models is importing, and imports it again."""
+    code = f"""
+import sys
+{first}
+class Stop:
+    def find_spec(self, name, path=None, target=None):
+        if name == "anomalib.models.image.patchcore":
+            sys.meta_path.remove(self)
+            raise {error}
+sys.meta_path.insert(0, Stop())
+try:
+    import anomalib.models
+except {error}:
+    print("interrupted")
+assert "anomalib.models" not in sys.modules
+"""
+    assert "interrupted" in python(code + FIND, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "import torch, importlib.util; assert importlib.util.find_spec('anomalib.models')",
+        "import torch, importlib, anomalib.models; importlib.reload(anomalib.models)",
+        "import importlib, anomalib.models; importlib.reload(importlib.reload(anomalib.models))",
+    ],
+)
+def test_looked_for_or_reloaded(before: str, tmp_path: Path) -> None:
+    """The hook is still there for the import that follows, and a reload keeps what was allowed."""
+    python(f"{before}\n{FIND}", tmp_path)
+
+
+@pytest.mark.parametrize("first", ["import torch", "import anomalib.models"])
+def test_unreadable_metadata_costs_a_warning(first: str, tmp_path: Path) -> None:
+    """Whatever reading the entry points raises, torch and anomalib import."""
+    code = f"""
+import anomalib_spg.plugin
+def fail(): raise ValueError("broken metadata")
+anomalib_spg.plugin.entry_points = fail
+{first}
+import anomalib.models
+print(anomalib.models.Padim.__name__)
+"""
+    output = python(code, tmp_path)
+    assert "plugins are not registered: ValueError('broken metadata')" in output
+    assert "Padim" in output
+
+
 def test_spawned_workers(tmp_path: Path) -> None:
     """A process that starts from nothing finds the models."""
     (tmp_path / "job.py").write_text(f"def work():\n{FIND.replace(chr(10), chr(10) + '    ')}\n    print('found')\n")
