@@ -227,8 +227,8 @@ class Backbone(nn.Module):
             images (torch.Tensor): Normalised images ``(B, 3, H, W)``, or grey ones ``(B, 1, H, W)``.
 
         Returns:
-            Tokens: Patch tokens and pooled token per layer, in single precision, and the patch grid
-            ``(ceil(H / p), ceil(W / p))``.
+            Tokens: Patch tokens and pooled token per layer, in the precision of the weights also under autocast, and
+            the patch grid ``(ceil(H / p), ceil(W / p))``.
         """
         if not torch.compiler.is_compiling():
             self.load_weights()
@@ -264,8 +264,8 @@ class Backbone(nn.Module):
                     pool = patch.mean(dim=1)
                 patches.append(self.vit.head(patch) if self.project else patch)
                 pooled.append(self.vit.head(pool) if self.project else pool)
-        # Autocast may have left them in half precision.
-        return Tokens([tokens.float() for tokens in patches], [tokens.float() for tokens in pooled], grid)
+        dtype = next(self.vit.parameters()).dtype  # autocast may have left tokens in half precision
+        return Tokens([tokens.to(dtype) for tokens in patches], [tokens.to(dtype) for tokens in pooled], grid)
 
     def embed(self, patches: torch.Tensor) -> torch.Tensor:
         """Apply final norm (and CLIP's visual projection) to raw tokens.
