@@ -2,6 +2,8 @@
 
 """What both Lightning models share."""
 
+# ruff: noqa: PLR6301  # Lightning calls a callback's methods on the instance
+
 import copy
 import logging
 from collections.abc import Callable, Sequence
@@ -136,7 +138,7 @@ class FrozenBackboneMixin(CompressBackboneOnly):
         """Return no optimiser: learning uses stored tokens, after the pass over the images."""
         return
 
-    def optimizer_step(  # type: ignore[override]  # noqa: PLR6301  # Lightning calls it on the instance
+    def optimizer_step(  # type: ignore[override]  # Lightning calls it on the instance
         self, epoch: int, batch_idx: int, optimizer: object, optimizer_closure: Callable[[], object]
     ) -> None:
         """Run the training step only: without an optimiser, the gradient scaler of ``16-mixed`` would find nothing."""
@@ -209,7 +211,7 @@ class FrozenBackboneMixin(CompressBackboneOnly):
         self.train()
 
     def swap_training_set(self, training_set: AnomalibDataset | PredictDataset) -> None:
-        """Let the datamodule's training set be another one until the dataloader is made; see :meth:`on_train_start`.
+        """Let the datamodule's training set be another one until the dataloader is made.
 
         Args:
             training_set (AnomalibDataset | PredictDataset): What to learn from.
@@ -224,11 +226,6 @@ class FrozenBackboneMixin(CompressBackboneOnly):
             datamodule, training_set = self._swapped
             datamodule.train_data = training_set
             self._swapped = None
-
-    def on_train_start(self) -> None:
-        """Give the datamodule its training set back: the dataloader is made by now."""
-        super().on_train_start()
-        self.restore_training_set()
 
     @torch.no_grad()
     def add_good(self, dataset: AnomalibDataset | None, learned_from: bool = False, correction: float = 0.0) -> None:
@@ -331,17 +328,24 @@ def check_seed(seed: int | None) -> None:
 
 
 class _RestoreTrainingSet(Callback):
-    """Gives the datamodule its training set back when a fit ends early; Lightning tells only callbacks of errors."""
+    """Gives the datamodule its training set back, however a fit goes; Lightning tells only callbacks of errors."""
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: PLR6301
-        """Where Lightning was told to train on no batch."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The dataloader is made by now."""
         del trainer
-        if isinstance(pl_module, FrozenBackboneMixin):
-            pl_module.restore_training_set()
+        _restore(pl_module)
 
-    def on_exception(  # noqa: PLR6301  # Lightning calls it on the instance
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning may have been told to train on no batch."""
+        del trainer
+        _restore(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The fit may have failed before it began."""
         del trainer, exception
-        if isinstance(pl_module, FrozenBackboneMixin):
-            pl_module.restore_training_set()
+        _restore(pl_module)
+
+
+def _restore(pl_module: LightningModule) -> None:
+    if isinstance(pl_module, FrozenBackboneMixin):
+        pl_module.restore_training_set()
