@@ -22,7 +22,7 @@ from torch import nn
 
 from anomalib_spg.components.backbone import Tokens
 from anomalib_spg.components.held_out import ENOUGH, MOST, choose, good_validation_images
-from anomalib_spg.components.lightning import FrozenBackboneMixin
+from anomalib_spg.components.lightning import FrozenBackboneMixin, check_seed
 from anomalib_spg.components.post_processor import GoodPartsPostProcessor
 from anomalib_spg.components.threshold import Prior
 from anomalib_spg.explanations.examples import Examples
@@ -135,6 +135,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             msg = f"k_shot={k_shot} must be at least 1; leave it null to use every normal image."
             raise ValueError(msg)
         size = self.resolve_image_size(image_size, backbone)
+        check_seed(seed)
         super().__init__(
             pre_processor=self.configure_pre_processor(size, backbone) if pre_processor is True else pre_processor,
             post_processor=self.configure_post_processor(false_alarm_rate, pixel_false_alarm_rate)

@@ -104,7 +104,8 @@ class AuxiliaryTarget(AnomalibDataModule):
             datamodule.setup()
         self.train_data = _concatenate([datamodule.test_data for datamodule in self.auxiliaries])
         _check(self.train_data)
-        self.val_data = self.target.val_data
+        if hasattr(self.target, "val_data"):  # a target may have none: val_split_mode="none"
+            self.val_data = self.target.val_data
         self.test_data = self.target.test_data
 
     def _create_test_split(self) -> None:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from .components.backbone import DEFAULT_BACKBONE, Tokens
 from .components.held_out import ENOUGH, MOST, choose, good_validation_images
-from .components.lightning import FrozenBackboneMixin
+from .components.lightning import FrozenBackboneMixin, check_seed
 from .components.precision import full_precision
 from .components.threshold import Prior
 from .explain import explain
@@ -176,6 +176,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         stored = read_guides(guides_file)[1] if guides_file is not None else {}
         backbone = backbone or stored.get("backbone", DEFAULT_BACKBONE)
         size = self.resolve_image_size(image_size if image_size is not None else stored.get("image_size"), backbone)
+        check_seed(seed)
         super().__init__(
             pre_processor=self.configure_pre_processor(size, backbone) if pre_processor is True else pre_processor,
             post_processor=self.configure_post_processor(false_alarm_rate, pixel_false_alarm_rate)

@@ -72,7 +72,8 @@ class TokenStore:
         for unfinished in self.path.glob("*.tmp"):
             unfinished.unlink()
         for file in sorted(self.path.glob("*.safetensors")):
-            self._restore(file)
+            if file.stem.isdigit():  # others are not ours
+                self._restore(file)
 
     @classmethod
     def fitting(
@@ -159,10 +160,17 @@ class TokenStore:
 
         Raises:
             OSError: If the disk is full. What was stored before stays.
+            ValueError: If a token is not a finite number.
         """
         tensors = {"masks": (masks > 0).cpu(), "labels": torch.tensor([bool(label) for label in labels])}
         for layer, (patches, pooled) in enumerate(zip(tokens.patches, tokens.pooled, strict=True)):
             tensors |= {f"patches.{layer}": patches.half().cpu(), f"pooled.{layer}": pooled.half().cpu()}
+        if not _are_finite(tensors):
+            msg = (
+                f"The backbone gives tokens that are not finite numbers in half precision, for one of {len(labels)} "
+                f"images, the first is '{next(iter(names or []), 'unnamed')}'. Check the backbone's weights."
+            )
+            raise ValueError(msg)
         if self.path is not None:
             file = self.path / f"{self._files:06}.safetensors"
             try:
@@ -211,18 +219,26 @@ class TokenStore:
         self._files += 1
 
     def _restore(self, file: Path) -> None:
-        number = int(file.stem)
         try:
             tensors, header = load_tensors(file)
-        except OSError as exception:
+            grid, names = json.loads(header["grid"]), json.loads(header["names"])
+            fault = None if _are_finite(tensors) else "numbers that are not finite"
+        except (OSError, KeyError, ValueError) as exception:
+            fault = str(exception)
+        if fault is not None:
             logger.warning(
-                "Cannot read the tokens in '%s' (%s); their images go through the backbone again.", file, exception
+                "Cannot read the tokens in '%s' (%s); their images go through the backbone again.", file, fault
             )
             file.unlink(missing_ok=True)
             return
-        self._append(tensors, json.loads(header["grid"]))
-        self._files = number + 1
-        self.restored.update(json.loads(header["names"]))
+        self._append(tensors, grid)
+        self._files = int(file.stem) + 1
+        self.restored.update(names)
+
+
+def _are_finite(tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether all tokens of a batch are finite numbers."""
+    return all(bool(tensor.isfinite().all()) for name, tensor in tensors.items() if name not in {"masks", "labels"})
 
 
 def _own_folder(folder: Path, name: str) -> tuple[Path, Any]:

@@ -258,7 +258,10 @@ class SPGModel(nn.Module):
         has_anomalous, has_normal = any_process(kinds).tolist()
         if not (has_anomalous and has_normal):
             missing = "normal" if has_anomalous else "anomalous (with a mask)"
-            msg = f"SPG learns from normal and anomalous images; none of the {len(store)} stored ones is {missing}."
+            msg = (
+                f"SPG learns from normal and anomalous images; none of the {len(store)} stored ones is {missing}. "
+                "Give more images, or more views of them: whether an anomaly is drawn on one is left to chance."
+            )
             raise ValueError(msg)
         marked = any(bool(mask.any()) for mask, label in zip(store.masks, store.labels, strict=True) if label)
         if not any_process(torch.tensor([marked], device=device)).item():

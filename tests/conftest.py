@@ -17,6 +17,8 @@ import torch
 from anomalib_spg.quickstart import prepare
 from tests.helpers import make_mvtec, make_visa, run_command
 
+pytest.register_assert_rewrite("tests.odd_runs")
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

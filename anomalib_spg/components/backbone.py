@@ -189,7 +189,7 @@ class Backbone(nn.Module):
             source (str | Path): Where it comes from, for the message.
 
         Raises:
-            ValueError: If it does not fit; the message names missing and unexpected keys.
+            ValueError: If it does not fit, or holds values that are not finite; the message names the keys.
         """
         try:
             # timm's converter of a model family: original names to timm's, position grids to the model's size.
@@ -201,6 +201,13 @@ class Backbone(nn.Module):
         except Exception as exception:
             msg = f"Weights file '{source}' does not fit backbone '{self.name}': {exception}"
             raise ValueError(msg) from exception
+        broken = [name for name, tensor in self.vit.state_dict().items() if not tensor.isfinite().all()]
+        if broken:
+            msg = (
+                f"Weights file '{source}' holds values that are not finite in {len(broken)} tensors, the first is "
+                f"'{broken[0]}'. Get the file again."
+            )
+            raise ValueError(msg)
         self.has_weights = True
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Refuse the checkpoint of another model, even one whose tensors would fit."""
+"""Refuse the checkpoint of another model, even if its tensors fit; name one that cannot be read or saved."""
 
+import traceback
 from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 def check_identity(checkpoint: dict[str, Any], identity: dict[str, Any]) -> None:
@@ -26,3 +29,31 @@ def check_identity(checkpoint: dict[str, Any], identity: dict[str, Any]) -> None
                 "arguments it was trained with (for instance the same --config)."
             )
             raise ValueError(msg)
+
+
+class NameCheckpoint(Callback):
+    """Name the checkpoint that cannot be read or saved: neither torch nor Lightning does."""
+
+    def on_exception(  # noqa: PLR6301  # Lightning calls it on the instance
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Say which file it was, and what to do.
+
+        Raises:
+            ValueError: If the checkpoint to go on from is damaged, or none.
+            OSError: If a checkpoint cannot be written.
+        """
+        del pl_module
+        steps = [frame.name for frame in traceback.extract_tb(exception.__traceback__)]
+        if "resume_start" in steps and not isinstance(exception, FileNotFoundError):
+            msg = (
+                f"Cannot read the checkpoint '{trainer.ckpt_path}' ({type(exception).__name__}): damaged, or none. "
+                "Training leaves one as weights/lightning/model.ckpt in its results folder."
+            )
+            raise ValueError(msg) from exception
+        if "save_checkpoint" in steps and isinstance(exception, OSError):
+            msg = (
+                f"Could not save the checkpoint below '{trainer.default_root_dir}': {exception.strerror or exception}. "
+                "Make room and run the same command again."
+            )
+            raise OSError(msg) from exception

@@ -83,8 +83,12 @@ class DecisionTable(Callback):
         while path.exists():
             number += 1
             path = folder / FILE.replace(".", f"_{number}.")
-        with atomic_write(path) as temporary:
-            table.to_csv(temporary, index=False, errors="backslashreplace")  # names of files may be no valid UTF-8
+        try:
+            with atomic_write(path) as temporary:
+                table.to_csv(temporary, index=False, errors="backslashreplace")  # names of files may be no valid UTF-8
+        except OSError as exception:
+            msg = f"Could not write the decisions to '{path}': {exception.strerror or exception}. Make room."
+            raise OSError(msg) from exception
         rejected = int((table.decision == "rejected").sum())
         logger.info("%d of %d images rejected. Decisions: %s", rejected, len(table), path)
         turned = [path for path in table.image[table.boxes != ""] if _is_turned(path)]

@@ -24,6 +24,17 @@ ROWS = 32  # output rows resized by one product: more multiply more zeros, fewer
 class ExactExports(CompressBackboneOnly):
     """Mixin of an anomalib model whose ``model.backbone`` is a :class:`Backbone`; goes before ``AnomalibModule``."""
 
+    def to_torch(self, *args: Any, **kwargs: Any) -> Path:
+        """Export to torch as anomalib does, which saves a model that has learned nothing as well.
+
+        Raises:
+            RuntimeError: If there is nothing to export yet.
+        """
+        if not self.model.is_fitted:
+            msg = f"{self.name} has learned nothing yet, so there is nothing to export. Train it first."
+            raise RuntimeError(msg)
+        return super().to_torch(*args, **kwargs)
+
     def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override]  # anomalib's is not Lightning's
         """Export to ONNX as anomalib does, but in operator set 18: 14, its default, has no antialiased resize."""
         return super().to_onnx(*args, **{"opset_version": 18, **kwargs})

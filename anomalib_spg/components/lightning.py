@@ -2,6 +2,8 @@
 
 """What both Lightning models share."""
 
+# ruff: noqa: PLR6301  # Lightning calls a callback's methods on the instance
+
 import copy
 import logging
 from collections.abc import Callable, Sequence
@@ -19,7 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from .backbone import DEFAULT_BACKBONE, default_image_size
-from .checkpoint import check_identity
+from .checkpoint import NameCheckpoint, check_identity
 from .decisions import DecisionTable
 from .evaluator import default_evaluator
 from .export import ExactExports
@@ -46,7 +48,7 @@ class FrozenBackboneMixin(ExactExports):
     prior: ClassVar[Prior] = WEAK_PRIOR
 
     held_out: AnomalibDataset | None = None
-    _training_set: Any = None
+    _swapped: tuple[Any, Any] | None = None
 
     @staticmethod
     def resolve_image_size(image_size: int | Sequence[int] | None, backbone: str) -> tuple[int, int]:
@@ -126,6 +128,7 @@ class FrozenBackboneMixin(ExactExports):
             *(callbacks if isinstance(callbacks, Sequence) else [callbacks]),
             DecisionTable(),
             _RestoreTrainingSet(),
+            NameCheckpoint(),
             CheckImages(),  # the last, because it may raise another error when there was one
         ]
 
@@ -134,7 +137,7 @@ class FrozenBackboneMixin(ExactExports):
         """Return no optimiser: learning uses stored tokens, after the pass over the images."""
         return
 
-    def optimizer_step(  # type: ignore[override]  # noqa: PLR6301  # Lightning calls it on the instance
+    def optimizer_step(  # type: ignore[override]  # Lightning calls it on the instance
         self, epoch: int, batch_idx: int, optimizer: object, optimizer_closure: Callable[[], object]
     ) -> None:
         """Run the training step only: without an optimiser, the gradient scaler of ``16-mixed`` would find nothing."""
@@ -190,26 +193,21 @@ class FrozenBackboneMixin(ExactExports):
         self.train()
 
     def swap_training_set(self, training_set: AnomalibDataset | PredictDataset) -> None:
-        """Let the datamodule's training set be another one until the dataloader is made; see :meth:`on_train_start`.
+        """Let the datamodule's training set be another one until the dataloader is made.
 
         Args:
             training_set (AnomalibDataset | PredictDataset): What to learn from.
         """
         datamodule: Any = getattr(self.trainer, "datamodule", None)
-        self._training_set = datamodule.train_data
+        self._swapped = datamodule, datamodule.train_data
         datamodule.train_data = training_set
 
     def restore_training_set(self) -> None:
         """Give the datamodule its training set back."""
-        if self._training_set is not None:
-            datamodule: Any = getattr(self.trainer, "datamodule", None)
-            datamodule.train_data = self._training_set
-            self._training_set = None
-
-    def on_train_start(self) -> None:
-        """Give the datamodule its training set back: the dataloader is made by now."""
-        super().on_train_start()
-        self.restore_training_set()
+        if self._swapped is not None:
+            datamodule, training_set = self._swapped
+            datamodule.train_data = training_set
+            self._swapped = None
 
     @torch.no_grad()
     def add_good(self, dataset: AnomalibDataset | None, learned_from: bool = False, correction: float = 0.0) -> None:
@@ -297,12 +295,39 @@ class FrozenBackboneMixin(ExactExports):
         return LearningType.ONE_CLASS
 
 
-class _RestoreTrainingSet(Callback):
-    """Gives the datamodule its training set back when a fit ends early; Lightning tells only callbacks of errors."""
+def check_seed(seed: int | None) -> None:
+    """Refuse a seed now that would stop the fit.
 
-    def on_exception(  # noqa: PLR6301  # Lightning calls it on the instance
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
+    Args:
+        seed (int | None): Seed.
+
+    Raises:
+        ValueError: If it is no number of 32 bits.
+    """
+    if seed is not None and not 0 <= seed < 2**32:
+        msg = f"seed={seed} must lie between 0 and {2**32 - 1}, or be left out."
+        raise ValueError(msg)
+
+
+class _RestoreTrainingSet(Callback):
+    """Gives the datamodule its training set back, however a fit goes; Lightning tells only callbacks of errors."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The dataloader is made by now."""
+        del trainer
+        _restore(pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning may have been told to train on no batch."""
+        del trainer
+        _restore(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The fit may have failed before it began."""
         del trainer, exception
-        if isinstance(pl_module, FrozenBackboneMixin):
-            pl_module.restore_training_set()
+        _restore(pl_module)
+
+
+def _restore(pl_module: LightningModule) -> None:
+    if isinstance(pl_module, FrozenBackboneMixin):
+        pl_module.restore_training_set()
