@@ -6,11 +6,13 @@
     python -m tests.benchmarks.export_resize
 
 Textile images of the quickstart, enlarged to 2048x1536 with noise. PatchCore (blocks 5 and 8, the same DINOv2-S/14) and
-LAKE learn from good ones with the resize that fit, test and predict use; then the others are scored with it, and with the
-one that anomalib exports, which has no antialiasing. Printed: how far scores move, over the standard deviation of the
-good ones; of the good and the bad images how many exceed the highest score of a good one with the right resize; image
-AUROC. Then the time of the exported OpenVINO file at f32 with our resize over the same file without antialiasing, runs in
-turn: median and quartiles.
+LAKE learn from four good ones with the resize that fit, test and predict use. Then others are scored with that resize,
+and with the one that anomalib exports, which has no antialiasing. Printed: how far scores move, over the standard
+deviation of the good ones; how many of the good and of the bad exceed the highest score of a good one with the right
+resize; image AUROC.
+
+Then the time of LAKE's exported OpenVINO file over that of the same file without antialiasing, at f32 and at the
+runtime's default precision, in turn: median and quartiles.
 """
 
 import argparse
