@@ -146,6 +146,18 @@ def kept_patches(grid: tuple[int, int], stride: int, device: torch.device | None
     return numbers[(numbers // grid[1] % stride == 0) & (numbers % grid[1] % stride == 0)]
 
 
+def stride_of(scale: int) -> int:
+    """Rows and columns from one kept window to the next: windows that overlap by half or more are nearly the same.
+
+    Args:
+        scale (int): Side of the windows in patches.
+
+    Returns:
+        int: 1 for single patches, 2 for windows of 3.
+    """
+    return scale // 2 + 1
+
+
 def left_out_images(count: int) -> list[int]:
     """Indices of the normal images that are compared with the others: at most 8, spread over all.
 

@@ -11,8 +11,8 @@ from einops import rearrange
 
 from anomalib_spg.explanations.explanation import Explanation
 
-from .bank import average_neighbors, kept_patches
-from .own_image import STRIDE, outside
+from .bank import average_neighbors, kept_patches, stride_of
+from .own_image import outside
 
 if TYPE_CHECKING:
     from anomalib_spg.components.backbone import Tokens
@@ -86,7 +86,7 @@ def _explain_image(
             distance = split.sum(dim=1)
             if model.own_weight > 0:
                 own = model.own_images[block_number][number]
-                kept = kept_patches(grid, STRIDE, x.device)
+                kept = kept_patches(grid, stride_of(scale), x.device)
                 elsewhere = torch.cdist(x, x[kept]).masked_fill(~outside(grid, kept), float("inf")).argmin(dim=1)
                 split = torch.lerp(split, _split(x, x[kept[elsewhere]]) / own.distance_scale, model.own_weight)
             found.append((split, distance, match))

@@ -10,8 +10,6 @@ from .bank import QUANTILE, kept_patches
 # Share of the image's height and width that a patch's surroundings reach in each direction. Inside them, patches of
 # the same defect would explain each other.
 SURROUNDINGS = 0.2
-# Only every second row and column is compared with: a quarter of the products, measured to do as well.
-STRIDE = 2
 
 
 class OwnImage(nn.Module):
@@ -25,10 +23,11 @@ class OwnImage(nn.Module):
 
     Example:
         >>> own = OwnImage()
-        >>> own.fit(torch.tensor([[[0.0], [3.0], [1.0], [1.0]]]), grid=(1, 4)).round(decimals=2)
-        tensor([[0.5100, 1.0200, 0.5100, 0.0000]])
+        >>> normal = torch.tensor([[[0.0], [3.0], [1.0], [3.0]]])
+        >>> own.fit(normal, grid=(1, 4))
+        tensor([[1., 0., 1., 0.]])
         >>> own(torch.tensor([[[0.0], [3.0], [9.0], [3.0]]]), grid=(1, 4)).round(decimals=2)
-        tensor([[4.5700, 1.5200, 4.5700, 1.5200]])
+        tensor([[3., 0., 6., 0.]])
     """
 
     def __init__(self) -> None:
@@ -40,6 +39,7 @@ class OwnImage(nn.Module):
         self,
         tokens: torch.Tensor,
         grid: tuple[int, int],
+        stride: int = 1,
         least: torch.Tensor | float = 1e-6,
     ) -> torch.Tensor:
         """Measure the normal images' own distances.
@@ -47,27 +47,29 @@ class OwnImage(nn.Module):
         Args:
             tokens (torch.Tensor): Projected patch tokens of normal images ``(I, N, K)``.
             grid (tuple[int, int]): Rows and columns of patches, ``N = rows * columns``.
+            stride (int): Compare with the tokens of every ``stride``-th row and column.
             least (torch.Tensor | float): Smallest scale; where images repeat themselves exactly it would vanish.
 
         Returns:
             torch.Tensor: Deviation of each patch ``(I, N)``.
         """
         self.distance_scale = torch.ones_like(self.distance_scale)
-        distances = self(tokens, grid)
+        distances = self(tokens, grid, stride)
         self.distance_scale = distances.quantile(QUANTILE).clamp(min=least)
         return distances / self.distance_scale
 
-    def forward(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, grid: tuple[int, int], stride: int = 1) -> torch.Tensor:
         """Compute how far patches are from the rest of their image.
 
         Args:
             tokens (torch.Tensor): Projected patch tokens ``(B, N, K)``.
             grid (tuple[int, int]): Rows and columns of patches, ``N = rows * columns``.
+            stride (int): Compare with the tokens of every ``stride``-th row and column.
 
         Returns:
             torch.Tensor: Distance to the nearest patch outside the surroundings, over the scale ``(B, N)``.
         """
-        kept = kept_patches(grid, STRIDE, tokens.device)
+        kept = kept_patches(grid, stride, tokens.device)
         forbidden = torch.zeros(len(tokens[0]), len(kept), dtype=tokens.dtype, device=tokens.device)
         forbidden = forbidden.masked_fill(~outside(grid, kept), float("-inf"))
         if torch.compiler.is_compiling():

@@ -21,7 +21,7 @@ from anomalib_spg.components.anomaly_map import AnomalyMapGenerator
 from anomalib_spg.components.backbone import Backbone, is_clip, num_blocks
 from anomalib_spg.components.module_list import ModuleList
 
-from .bank import NormalityBank, average_neighbors, left_out_images
+from .bank import NormalityBank, average_neighbors, left_out_images, stride_of
 from .neurons import Normalization, Selection, SensitiveNeurons
 from .own_image import OwnImage
 from .text import embed_prompts, prompts, read_checkpoint, text_tower
@@ -276,7 +276,7 @@ class LAKEModel(nn.Module):
                 averaged = neurons.normalize(average_neighbors(projected, grid, scale))
                 deviation = self.banks[number][window](averaged)
                 if self.own_weight > 0:
-                    own = self.own_images[number][window](averaged, grid)
+                    own = self.own_images[number][window](averaged, grid, stride_of(scale))
                     deviation = torch.lerp(deviation, own, self.own_weight)
                 by_scale.append(deviation)
             by_layer.append(torch.stack(by_scale))
@@ -357,10 +357,11 @@ class LAKEModel(nn.Module):
                 projected = neurons.project(tokens)
                 for window, (scale, bank) in enumerate(zip(self.scales, banks, strict=True)):
                     averaged = neurons.normalize(average_neighbors(projected, self._grid, scale))
-                    # Windows that overlap by half or more are nearly the same.
-                    deviation = bank.fit(averaged, self._grid, stride=scale // 2 + 1) * correction
+                    deviation = bank.fit(averaged, self._grid, stride_of(scale)) * correction
                     if self.own_weight > 0:
-                        own = self.own_images[layer][window].fit(averaged[shown], self._grid, least=bank.distance_scale)
+                        own = self.own_images[layer][window].fit(
+                            averaged[shown], self._grid, stride_of(scale), least=bank.distance_scale
+                        )
                         deviation = torch.lerp(deviation, own, self.own_weight)
                     by_scale.append(deviation)
                 by_layer.append(torch.stack(by_scale))

@@ -9,17 +9,18 @@ from anomalib_lake.bank import kept_patches
 from anomalib_lake.own_image import OwnImage, outside
 
 
-def test_distances() -> None:
-    """By brute force: the nearest patch in even rows and columns, more than a fifth of either away."""
+@pytest.mark.parametrize("stride", [1, 2])
+def test_distances(stride: int) -> None:
+    """By brute force: the nearest kept patch more than a fifth of the rows or of the columns away."""
     tokens, grid = torch.randn(2, 6 * 11, 5, dtype=torch.float64), (6, 11)
-    distances = OwnImage().double()(tokens, grid).view(2, *grid)
+    distances = OwnImage().double()(tokens, grid, stride).view(2, *grid)
     maps = tokens.view(2, *grid, 5)
     for row in range(6):
         for column in range(11):
             found = [
                 (maps[:, r, c] - maps[:, row, column]).norm(dim=1)
-                for r in range(0, 6, 2)
-                for c in range(0, 11, 2)
+                for r in range(0, 6, stride)
+                for c in range(0, 11, stride)
                 if abs(r - row) > 1 or abs(c - column) > 2
             ]
             torch.testing.assert_close(distances[:, row, column], torch.stack(found).amin(dim=0))
@@ -47,7 +48,8 @@ def test_a_defect_stands_out_and_a_repeated_patch_does_not() -> None:
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 2), (2, 2), (3, 1)])
-def test_few_patches(grid: tuple[int, int]) -> None:
+@pytest.mark.parametrize("stride", [1, 2])
+def test_few_patches(grid: tuple[int, int], stride: int) -> None:
     """Where no patch lies outside the surroundings, distances are finite all the same."""
-    assert outside(grid, kept_patches(grid, 2)).any(dim=1).all()
-    assert OwnImage()(torch.randn(1, grid[0] * grid[1], 4), grid).isfinite().all()
+    assert outside(grid, kept_patches(grid, stride)).any(dim=1).all()
+    assert OwnImage()(torch.randn(1, grid[0] * grid[1], 4), grid, stride).isfinite().all()
