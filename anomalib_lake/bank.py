@@ -70,10 +70,8 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
         Raises:
             ValueError: If every normal patch has an exact copy in another image, so that the distances vanish.
         """
-        images, patches = tokens.shape[:2]
-        numbers = torch.arange(patches, device=tokens.device)
-        on_rows, on_columns = numbers // grid[1] % stride == 0, numbers % grid[1] % stride == 0
-        kept = numbers[on_rows & on_columns]
+        images = len(tokens)
+        kept = kept_patches(grid, stride, tokens.device)
         distances = self._leave_one_out(tokens, grid, kept)
         self.distance_scale = distances.quantile(QUANTILE)
         if not self.distance_scale > 2e-3 * tokens.norm(dim=-1).mean():  # what rounding alone gives
@@ -127,6 +125,37 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
         else:  # image by image, so that the table of distances stays in the cache
             distances = torch.stack([nearest(image, self.tokens) for image in tokens])
         return distances / self.distance_scale
+
+
+def kept_patches(grid: tuple[int, int], stride: int, device: torch.device | None = None) -> torch.Tensor:
+    """Numbers of the patches in every ``stride``-th row and column.
+
+    Args:
+        grid (tuple[int, int]): Rows and columns of patches.
+        stride (int): 1 keeps all.
+        device (torch.device | None): Where the numbers are needed.
+
+    Returns:
+        torch.Tensor: Numbers, row by row.
+
+    Example:
+        >>> kept_patches((3, 4), stride=2).tolist()
+        [0, 2, 8, 10]
+    """
+    numbers = torch.arange(grid[0] * grid[1], device=device)
+    return numbers[(numbers // grid[1] % stride == 0) & (numbers % grid[1] % stride == 0)]
+
+
+def stride_of(scale: int) -> int:
+    """Rows and columns from one kept window to the next: windows that overlap by half or more are nearly the same.
+
+    Args:
+        scale (int): Side of the windows in patches.
+
+    Returns:
+        int: 1 for single patches, 2 for windows of 3.
+    """
+    return scale // 2 + 1
 
 
 def left_out_images(count: int) -> list[int]:

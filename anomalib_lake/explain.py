@@ -12,7 +12,8 @@ from einops import rearrange
 from anomalib_spg.components.precision import full_precision
 from anomalib_spg.explanations.explanation import Explanation
 
-from .bank import average_neighbors
+from .bank import average_neighbors, kept_patches, stride_of
+from .own_image import outside
 
 if TYPE_CHECKING:
     from anomalib_spg.components.backbone import Tokens
@@ -24,9 +25,10 @@ if TYPE_CHECKING:
 def explain(model: LAKEModel, tokens: Tokens, image_size: tuple[int, int]) -> list[Explanation]:
     r"""Split the scores of a batch into neurons and text.
 
-    A patch's squared distance to the nearest normal patch is a sum over neurons, :math:`d^2 = \sum_k (x_k - m_k)^2`.
-    The structural part of its anomaly is divided among the neurons in proportion to those squares, block by block; the
-    image's score is the anomaly of its highest patch, hence the neurons and the text sum to it.
+    A patch's squared distance to the nearest normal patch is a sum over neurons, :math:`d^2 = \sum_k (x_k - m_k)^2`,
+    and so is that to the nearest one elsewhere in its image. The structural part of its anomaly is divided among the
+    neurons in proportion to those squares, block by block; the image's score is the mean anomaly of its highest
+    patches, hence the neurons and the text sum to it.
 
     Args:
         model (LAKEModel): Model with a normality bank.
@@ -35,7 +37,7 @@ def explain(model: LAKEModel, tokens: Tokens, image_size: tuple[int, int]) -> li
 
     Returns:
         list[Explanation]: One per image. ``other`` holds what the text adds, where it has a weight; ``nearest`` names
-            the normal patch of the block in which the highest patch deviates most.
+            the normal patch of the block in which the highest patch deviates most from the bank.
 
     Example:
         >>> from anomalib_lake import LAKEModel
@@ -75,26 +77,28 @@ def _explain_image(
 ) -> Explanation:
     """Explain one image from its raw tokens ``(N, D)`` by block and its semantic activation ``(N,)``."""
     splits: list[torch.Tensor] = []  # by scale: (N, L, K)
-    distances: list[torch.Tensor] = []  # (N, L)
+    distances: list[torch.Tensor] = []  # to the bank (N, L)
     matches: list[torch.Tensor] = []  # (N, L)
     for number, scale in enumerate(model.scales):
         found = []
-        for block, neurons, banks in zip(model.layers, model.neurons, model.banks, strict=True):
+        for block_number, (block, neurons, banks) in enumerate(
+            zip(model.layers, model.neurons, model.banks, strict=True)
+        ):
             projected = neurons.project(by_block[block])[None]
             x = neurons.normalize(average_neighbors(projected, grid, scale))[0]
             bank = banks[number]
             match = torch.cdist(x, bank.tokens).argmin(dim=1)
-            squares = (x - bank.tokens[match]).square()
-            distance = squares.sum(dim=1, keepdim=True).sqrt()
-            # distance = sum of squares / distance
-            found.append((
-                squares / distance.clamp(min=1e-12) / bank.distance_scale,
-                distance[:, 0] / bank.distance_scale,
-                match,
-            ))
+            split = _split(x, bank.tokens[match]) / bank.distance_scale
+            distance = split.sum(dim=1)
+            if model.own_weight > 0:
+                own = model.own_images[block_number][number]
+                kept = kept_patches(grid, stride_of(scale), x.device)
+                elsewhere = torch.cdist(x, x[kept]).masked_fill(~outside(grid, kept), float("inf")).argmin(dim=1)
+                split = torch.lerp(split, _split(x, x[kept[elsewhere]]) / own.distance_scale, model.own_weight)
+            found.append((split, distance, match))
         for collected, values in zip((splits, distances, matches), zip(*found, strict=True), strict=True):
             collected.append(torch.stack(values, dim=1))
-    deviations = torch.stack(distances).mean(dim=2)  # (S, N)
+    deviations = torch.stack(splits).sum(dim=3).mean(dim=2)  # (S, N)
     deviation, winner = deviations.max(dim=0)
     patches = torch.arange(len(winner), device=winner.device)
     split = torch.stack(splits)[winner, patches] / len(model.layers)  # (N, L, K)
@@ -103,7 +107,8 @@ def _explain_image(
     anomaly = structural * deviation
     if text is not None:
         anomaly = anomaly + model.text_weight * text
-    peak = int(anomaly.argmax())
+    highest = anomaly.topk(min(model.top_patches, len(anomaly))).indices
+    peak = int(highest[0])
     scale = int(winner[peak])
     layer = int(distances[scale][peak].argmax())
     bank = model.banks[layer][scale]
@@ -112,14 +117,21 @@ def _explain_image(
     patch_map = rearrange(anomaly, "(h w) -> 1 h w", h=grid[0])
     return Explanation(
         unit="component" if model.neurons[0].selection == "pca" else "neuron",
-        score=float(anomaly[peak]),
+        score=float(anomaly[highest].mean()),
         base=0.0,
         blocks=torch.tensor(model.layers).repeat_interleave(split.shape[2]),
         units=torch.cat([indices.cpu() for indices in numbers]),
-        contributions=maps[peak].float().cpu(),
+        contributions=maps[highest].mean(dim=0).float().cpu(),
         maps=rearrange(maps, "(h w) part -> part h w", h=grid[0]).float().cpu(),
         anomaly_map=model.anomaly_map_generator(patch_map, image_size)[0, 0].float().cpu(),
         peak=divmod(peak, grid[1]),
-        other={} if text is None else {"text": float(model.text_weight * text[peak])},
+        other={} if text is None else {"text": float(model.text_weight * text[highest].mean())},
         nearest=(int(bank.image_indices[match]), int(bank.patch_indices[match]), model.scales[scale]),
     )
+
+
+def _split(x: torch.Tensor, matches: torch.Tensor) -> torch.Tensor:
+    """Distances of tokens ``(N, K)`` to their matches, divided among the neurons ``(N, K)``."""
+    squares = (x - matches).square()
+    # distance = sum of squares / distance
+    return squares / squares.sum(dim=1, keepdim=True).sqrt().clamp(min=1e-12)

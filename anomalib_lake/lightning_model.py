@@ -64,6 +64,10 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             before it, or not at all.
         bank_size (int | None): Most tokens per layer and scale in the bank; ``None`` keeps all. Defaults to 8192
             (ours).
+        own_weight (float): Weight of a patch's distance to the rest of its own image beside that to the bank, in
+            [0, 1]. Defaults to 0.3 (ours); 0 compares with the bank alone (paper).
+        top_patches (int): Highest patches whose mean is the image's score. Defaults to 3 (ours); 1 takes the maximum
+            (paper).
         text_weight (float | None): Weight of the semantic activation, in [0, 1]. ``None`` is 0.3 (paper) for CLIP and 0
             for a backbone without text; 0 turns the text side off.
         class_name (str | None): What the images show, for the prompts. ``None`` is the datamodule's category, else
@@ -117,6 +121,8 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         selection: Selection = "variance",
         normalization: Normalization = "after",
         bank_size: int | None = 8192,
+        own_weight: float = 0.3,
+        top_patches: int = 3,
         text_weight: float | None = None,
         class_name: str | None = None,
         normal_prompts: Sequence[str] | None = None,
@@ -162,6 +168,8 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             selection=selection,
             normalization=normalization,
             bank_size=bank_size,
+            own_weight=own_weight,
+            top_patches=top_patches,
             text_weight=text_weight,
             normal_prompts=normal_prompts,
             anomalous_prompts=anomalous_prompts,
@@ -311,6 +319,8 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore component configuration and the drawn images' names, and refuse the checkpoint of another model."""
+        if "own_weight" not in checkpoint.get("hyper_parameters", {}):  # an older one: bank and maximum only
+            self.model.compare_with_bank_only()
         super().on_load_checkpoint(checkpoint)
         self.normal_images = checkpoint.get("normal_images", [])
 
@@ -325,6 +335,8 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             "num_neurons": model.neurons[0].count,
             "selection": model.neurons[0].selection,
             "normalization": model.neurons[0].normalization,
+            "own_weight": model.own_weight,
+            "top_patches": model.top_patches,
             "text_weight": model.text_weight,
         }
 

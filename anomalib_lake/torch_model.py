@@ -22,8 +22,9 @@ from anomalib_spg.components.backbone import Backbone, is_clip, num_blocks
 from anomalib_spg.components.module_list import ModuleList
 from anomalib_spg.components.precision import full_precision
 
-from .bank import NormalityBank, average_neighbors, left_out_images
+from .bank import NormalityBank, average_neighbors, left_out_images, stride_of
 from .neurons import Normalization, Selection, SensitiveNeurons
+from .own_image import OwnImage
 from .text import embed_prompts, prompts, read_checkpoint, text_tower
 
 DEFAULT_BACKBONE = "vit_large_patch14_clip_quickgelu_336.openai"
@@ -69,6 +70,10 @@ class LAKEModel(nn.Module):
         normalization (str): Bring tokens to unit length ``"after"`` the selection (ours), ``"before"``, or ``"none"``.
         bank_size (int | None): Most tokens per layer and scale in the bank; ``None`` keeps all. Defaults to 8192
             (ours).
+        own_weight (float): Weight of a patch's distance to the rest of its own image beside that to the bank, in
+            [0, 1]. Defaults to 0.3 (ours); 0 compares with the bank alone (paper).
+        top_patches (int): Highest patches whose mean is the image's score. Defaults to 3 (ours); 1 takes the maximum
+            (paper).
         text_weight (float | None): Weight of the semantic activation, in [0, 1]. ``None`` is 0.3 (paper) for CLIP and 0
             for a backbone without text; 0 turns the text side off.
         normal_prompts (Sequence[str] | None): Descriptions of normal images. ``None`` takes WinCLIP's (ours).
@@ -102,6 +107,8 @@ class LAKEModel(nn.Module):
         selection: Selection = "variance",
         normalization: Normalization = "after",
         bank_size: int | None = 8192,
+        own_weight: float = 0.3,
+        top_patches: int = 3,
         text_weight: float | None = None,
         normal_prompts: Sequence[str] | None = None,
         anomalous_prompts: Sequence[str] | None = None,
@@ -123,6 +130,12 @@ class LAKEModel(nn.Module):
             raise ValueError(msg)
         if not 0 < temperature < math.inf:
             msg = f"temperature={temperature} must be a positive number."
+            raise ValueError(msg)
+        if not 0 <= own_weight <= 1:
+            msg = f"own_weight={own_weight} must lie in [0, 1]; 0 compares with the bank alone."
+            raise ValueError(msg)
+        if top_patches < 1:
+            msg = f"top_patches={top_patches} must be at least 1, which takes the highest patch."
             raise ValueError(msg)
         layers = list(layers) if layers is not None else default_layers(depth)
         if not layers:
@@ -168,6 +181,11 @@ class LAKEModel(nn.Module):
         self.banks: ModuleList[ModuleList[NormalityBank]] = ModuleList(
             ModuleList(NormalityBank(bank_size) for _ in self.scales) for _ in self.layers
         )
+        self.own_weight = own_weight
+        self.top_patches = top_patches
+        self.own_images: ModuleList[ModuleList[OwnImage]] = ModuleList(
+            ModuleList(OwnImage() for _ in self.scales if own_weight > 0) for _ in self.layers
+        )
         # Row 0 normal, row 1 anomalous.
         self.register_buffer("text_embeddings", torch.zeros(2, self.backbone.vit.num_classes if text_weight > 0 else 0))
         self.text_embeddings: torch.Tensor
@@ -186,6 +204,11 @@ class LAKEModel(nn.Module):
         self._semantic: list[torch.Tensor] = []
         self._grid: tuple[int, int] = (0, 0)
         self._size: tuple[int, int] = (0, 0)
+
+    def compare_with_bank_only(self) -> None:
+        """Score as the paper does: the distance to the bank alone, and its maximum over patches."""
+        self.own_weight, self.top_patches = 0.0, 1
+        self.own_images = ModuleList(ModuleList() for _ in self.layers)
 
     @property
     def num_stored(self) -> int:
@@ -231,7 +254,8 @@ class LAKEModel(nn.Module):
             anomaly = torch.lerp(anomaly, self.semantic_activation(semantic), self.text_weight)
         patch_map = rearrange(anomaly, "b (h w) -> b h w", h=grid[0])
         anomaly_map = self.anomaly_map_generator(patch_map, image_size)
-        return InferenceBatch(pred_score=anomaly.amax(dim=1), anomaly_map=anomaly_map)
+        highest = anomaly.topk(min(self.top_patches, anomaly.shape[1]), dim=1).values
+        return InferenceBatch(pred_score=highest.mean(dim=1), anomaly_map=anomaly_map)
 
     def tokens(self, images: torch.Tensor) -> tuple[dict[int, torch.Tensor], tuple[int, int]]:
         """Compute raw patch tokens.
@@ -246,7 +270,7 @@ class LAKEModel(nn.Module):
         return dict(zip(self.backbone.layers, tokens.patches, strict=True)), tokens.grid
 
     def structural_deviation(self, tokens: dict[int, torch.Tensor], grid: tuple[int, int]) -> torch.Tensor:
-        """Compute how far patches deviate from the normality bank.
+        """Compute how far patches deviate from the normality bank, and from the rest of their image.
 
         Args:
             tokens (dict[int, torch.Tensor]): Raw tokens ``(B, N, D)`` by block.
@@ -256,14 +280,17 @@ class LAKEModel(nn.Module):
             torch.Tensor: Distance over the usual one, averaged over layers, the largest over scales, ``(B, N)``.
         """
         by_layer = []
-        for layer, neurons, banks in zip(self.layers, self.neurons, self.banks, strict=True):
+        for number, (layer, neurons) in enumerate(zip(self.layers, self.neurons, strict=True)):
             projected = neurons.project(tokens[layer])
-            by_layer.append(
-                torch.stack([
-                    bank(neurons.normalize(average_neighbors(projected, grid, scale)))
-                    for scale, bank in zip(self.scales, banks, strict=True)
-                ]),
-            )
+            by_scale = []
+            for window, scale in enumerate(self.scales):
+                averaged = neurons.normalize(average_neighbors(projected, grid, scale))
+                deviation = self.banks[number][window](averaged)
+                if self.own_weight > 0:
+                    own = self.own_images[number][window](averaged, grid, stride_of(scale))
+                    deviation = torch.lerp(deviation, own, self.own_weight)
+                by_scale.append(deviation)
+            by_layer.append(torch.stack(by_scale))
         return torch.stack(by_layer).mean(dim=0).amax(dim=0)
 
     def semantic_activation(self, patches: torch.Tensor) -> torch.Tensor:
@@ -327,26 +354,32 @@ class LAKEModel(nn.Module):
                 self.text_embeddings = embed_prompts(tower, *ensembles).to(device)
                 self._checkpoint = None
             images, by_layer = self.num_stored, []
+            shown, correction = left_out_images(images), leave_one_out_correction(images)
             for layer, (neurons, banks) in enumerate(zip(self.neurons, self.banks, strict=True)):
                 tokens = torch.cat(self._stored[layer])
                 self._stored[layer] = []
                 by_scale = []
                 neurons.select(tokens.flatten(0, 1), generator)
                 projected = neurons.project(tokens)
-                for scale, bank in zip(self.scales, banks, strict=True):
+                for window, (scale, bank) in enumerate(zip(self.scales, banks, strict=True)):
                     averaged = neurons.normalize(average_neighbors(projected, self._grid, scale))
-                    # Windows that overlap by half or more are nearly the same.
-                    by_scale.append(bank.fit(averaged, self._grid, stride=scale // 2 + 1))
+                    deviation = bank.fit(averaged, self._grid, stride_of(scale)) * correction
+                    if self.own_weight > 0:
+                        own = self.own_images[layer][window].fit(
+                            averaged[shown], self._grid, stride_of(scale), least=bank.distance_scale
+                        )
+                        deviation = torch.lerp(deviation, own, self.own_weight)
+                    by_scale.append(deviation)
                 by_layer.append(torch.stack(by_scale))
-            deviation = torch.stack(by_layer).mean(dim=0).amax(dim=0) * leave_one_out_correction(images)
-            semantic = torch.cat(self._semantic)[left_out_images(images)] if self.text_weight > 0 else None
+            deviation = torch.stack(by_layer).mean(dim=0).amax(dim=0)
+            semantic = torch.cat(self._semantic)[shown] if self.text_weight > 0 else None
             result = self._predict(deviation, semantic, self._grid, self._size)
             self.forget()
             return result
 
 
 def leave_one_out_correction(images: int) -> float:
-    r"""What leave-one-out deviations are multiplied with to estimate those of new good images.
+    r"""What leave-one-out deviations from the bank are multiplied with to estimate those of new good images.
 
     A bank with one image less has fewer neighbours to offer. Measured on twelve small datasets, the logarithm of the
     highest deviation of an image is too high by about :math:`0.09 \ln(k / (k - 1))` with :math:`k` images. The quarters

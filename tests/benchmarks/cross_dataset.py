@@ -6,6 +6,7 @@
     python -m tests.benchmarks.cross_dataset methods
     python -m tests.benchmarks.cross_dataset choices
     python -m tests.benchmarks.cross_dataset published
+    python -m tests.benchmarks.cross_dataset lake
 
 Photographs of brick, grass and gravel in MVTec AD's layout, and textile, tissue and moon in VisA's, all with drawn
 defects (tests/textures.py): 16 normal training images, 24 good and 24 bad test images of each. Each dataset is the
@@ -117,7 +118,7 @@ def test(model: SPGModel, category: Category, **options) -> Rates:
 def main() -> None:  # noqa: C901  # a line for each row
     """Print the table asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["methods", "choices", "published"])
+    parser.add_argument("table", choices=["methods", "choices", "published", "lake"])
     parser.add_argument("--data", type=Path, default=Path("quickstart"))
     parser.add_argument("--cache", type=Path, default=Path("cross_dataset_tokens"))
     parser.add_argument("--seeds", type=int, default=3)
@@ -177,6 +178,22 @@ def main() -> None:  # noqa: C901  # a line for each row
         for shots in (1, 4):
             row(f"AnomalyDINO, {shots} shots", each(lambda c, s, n=shots: anomaly_dino(c, n, s)))
             row(f"PatchCore, full bank, {shots} shots", each(lambda c, s, n=shots: patchcore(c, n, s, None)))
+    elif arguments.table == "lake":
+
+        def few(shots: int, **options) -> Callable:
+            return each(lambda c, s: lake(c, c.train[c.draw(shots, s)], s, **options))
+
+        for shots in (1, 4):
+            row(f"default, {shots} shots", few(shots))
+            for weight, top in ((0, 1), (0, 3), (0.3, 1), (0.2, 3), (0.5, 3)):
+                scoring = {"own_weight": weight, "top_patches": top}
+                row(f"own image {weight}, top {top}, {shots} shots", few(shots, scoring=scoring))
+            for title, options in (
+                ("unit length before", {"normalization": "before"}),
+                ("all channels", {"selection": "all"}),
+                ("principal components", {"selection": "pca", "normalization": "none"}),
+            ):
+                row(f"{title}, {shots} shots", few(shots, **options))
     elif arguments.table == "published":
         for block in (BLOCK, 11):
             row(f"block {block}, published settings", spg(block=block, num_atoms=4096, sae_epochs=50, ema_warmup=False))

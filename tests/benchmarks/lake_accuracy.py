@@ -132,21 +132,27 @@ def lake(
     blocks: tuple[int, ...] = DEFAULT,
     scales: tuple[int, ...] = SCALES,
     size: int | None = 8192,
+    scoring: dict | None = None,
     **options,
 ) -> tuple[float, float]:
-    """LAKE's own parts on tokens; ``options`` are those of :class:`SensitiveNeurons`."""
+    """LAKE's own parts on tokens.
+
+    ``scoring`` has those of :class:`LAKEModel` that turn distances into scores, ``options`` those of
+    :class:`SensitiveNeurons`.
+    """
     torch.manual_seed(draw)
-    model = LAKEModel(BACKBONE, layers=blocks, scales=scales, bank_size=size, pre_trained=False)
+    model = LAKEModel(BACKBONE, layers=blocks, scales=scales, bank_size=size, pre_trained=False, **(scoring or {}))
     model.neurons = nn.ModuleList(SensitiveNeurons(**options) for _ in blocks)
     model._stored = [[images[:, BLOCKS.index(block)].float()] for block in blocks]
     model._grid, model._size = GRID, (448, 448)
     model.fit()
-    anomaly = torch.cat([
-        model.structural_deviation({block: image[None, BLOCKS.index(block)].float() for block in blocks}, GRID)
-        for image in source.test
-    ])
-    anomaly = anomaly / (1 + anomaly)
-    return source.rate(anomaly.amax(dim=1), to_pixels(anomaly.unflatten(1, GRID), (448, 448)))
+    with torch.inference_mode():
+        by_image = ({block: image[None, BLOCKS.index(block)].float() for block in blocks} for image in source.test)
+        results = [
+            model._predict(model.structural_deviation(tokens, GRID), None, GRID, (448, 448)) for tokens in by_image
+        ]
+    scores = torch.cat([result.pred_score for result in results])
+    return source.rate(scores, torch.cat([result.anomaly_map for result in results]))
 
 
 def peer(

@@ -45,6 +45,7 @@ def check_sum(model: LAKEModel) -> None:
         {"normalization": "before"},
         {"selection": "pca"},
         {"layers": [5]},
+        {"own_weight": 0, "top_patches": 1},
     ],
     ids=str,
 )
@@ -63,8 +64,8 @@ def test_neurons_and_text_sum_to_score(clip_file: Path) -> None:
 
 @torch.no_grad()
 def test_shares_are_those_of_the_squared_distance() -> None:
-    """One block and one scale: recomputed from tokens and bank, the nearest patch by brute force."""
-    model = fitted(layers=[5], scales=[1])
+    """One block, one scale and one patch: recomputed from tokens and bank, the nearest patch by brute force."""
+    model = fitted(layers=[5], scales=[1], own_weight=0, top_patches=1)
     images = torch.randn(1, 3, 96, 128)
     explanation = explain(model, model.backbone(images), images.shape[-2:])[0]
     x = model.neurons[0](model.backbone(images).patches[0])[0]
@@ -80,9 +81,28 @@ def test_shares_are_those_of_the_squared_distance() -> None:
 
 
 @torch.no_grad()
+def test_shares_of_the_own_image() -> None:
+    """With the own image alone they are those of the squared distance to the nearest patch outside the surroundings."""
+    model = fitted(layers=[5], scales=[1], own_weight=1, top_patches=1)
+    images = torch.randn(1, 3, 96, 128)
+    explanation = explain(model, model.backbone(images), images.shape[-2:])[0]
+    x = model.neurons[0](model.backbone(images).patches[0])[0]
+    squares = (x[:, None] - x[None]).square()
+    distances = squares.sum(dim=2)
+    for patch in range(48):
+        for other in range(48):
+            if abs(patch // 8 - other // 8) <= 1 and abs(patch % 8 - other % 8) <= 1:  # 20 % of 6 and of 8
+                distances[patch, other] = float("inf")
+    peak = int(distances.amin(dim=1).argmax())
+    shares = squares[peak, int(distances[peak].argmin())]
+    assert explanation.peak == divmod(peak, 8)
+    torch.testing.assert_close(explanation.shares, shares / shares.sum(), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
 def test_nearest_patch_is_that_of_the_block_and_scale_that_decide() -> None:
     """Recomputed for two blocks and two scales, for images that single patches and windows decide."""
-    model = fitted()
+    model = fitted(own_weight=0, top_patches=1)
     seen = set()
     for seed in range(8):
         images = torch.randn(1, 3, 96, 128, generator=torch.Generator().manual_seed(seed))

@@ -169,6 +169,23 @@ def test_checkpoint_stands_alone(trained: tuple, mvtec: Path, tmp_path: Path) ->
     assert results[0]["image_AUROC"] == pytest.approx(metrics[0]["image_AUROC"])
 
 
+def test_checkpoint_of_before_the_own_image(tmp_path: Path) -> None:
+    """It knows neither own_weight nor top_patches, and goes on scoring by the bank and its maximum."""
+    arguments = {"backbone": TINY, "layers": [4, 7], "num_neurons": 20, "image_size": 64, "pre_trained": False}
+    model = LAKE(**arguments, own_weight=0, top_patches=1)
+    model.model.train()(torch.randn(2, 3, 64, 64))
+    model.model.fit()
+    checkpoint: dict[str, Any] = {"state_dict": model.state_dict(), "hyper_parameters": {}}
+    checkpoint["pytorch-lightning_version"] = "2.5.0"
+    model.on_save_checkpoint(checkpoint)
+    for name in ("own_weight", "top_patches"):
+        del checkpoint["hyper_parameters"][name]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    restored = LAKE.load_from_checkpoint(tmp_path / "old.ckpt")
+    images = torch.randn(3, 3, 64, 64)
+    torch.testing.assert_close(restored.model.eval()(images), model.model.eval()(images))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

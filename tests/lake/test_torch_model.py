@@ -13,6 +13,8 @@ from anomalib_lake import LAKEModel
 from anomalib_lake.text import embed_prompts, prompts, read_checkpoint, text_tower
 from tests.helpers import TINY, TINY_CLIP
 
+PAPER = {"own_weight": 0, "top_patches": 1}  # the bank alone, and the maximum
+
 
 def fitted(images: torch.Tensor, *names: str, **arguments: object) -> LAKEModel:
     """A model fitted on images."""
@@ -38,7 +40,7 @@ def deviation_by_hand(model: LAKEModel, normal: torch.Tensor, images: torch.Tens
 def test_structural_deviation() -> None:
     """Two layers averaged, d / (1 + d), score the maximum over patches, map upsampled and smoothed."""
     normal, images = torch.randn(2, 3, 64, 64), torch.randn(3, 3, 64, 64)
-    model = fitted(normal, layers=[3, 5], scales=[1], sigma=0)
+    model = fitted(normal, layers=[3, 5], scales=[1], sigma=0, **PAPER)
     deviation = sum(deviation_by_hand(model, normal, images, layer) for layer in (3, 5)) / 2
     expected = deviation / (1 + deviation)
     batch = model(images)
@@ -51,7 +53,7 @@ def test_structural_deviation() -> None:
 def test_scales() -> None:
     """Windows of 3 by 3 patches, compared with every second window; the larger deviation of the scales counts."""
     normal, images = torch.randn(2, 3, 80, 64), torch.randn(2, 3, 80, 64)
-    model = fitted(normal, layers=[3], scales=[1, 3])
+    model = fitted(normal, layers=[3], scales=[1, 3], **PAPER)
     with torch.no_grad():
         train, test = model.tokens(normal)[0][3], model.tokens(images)[0][3]
 
@@ -74,11 +76,55 @@ def test_scales() -> None:
     assert model.banks[0][1].patch_indices.tolist() == kept * 2
 
 
+def own_by_hand(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Distance of each patch ``(B, N, K)`` to the nearest one more than a fifth of the image away."""
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    rows, columns = rows.flatten(), columns.flatten()
+    result = torch.zeros(tokens.shape[:2], dtype=tokens.dtype)
+    for image, patches in enumerate(tokens):
+        for patch, token in enumerate(patches):
+            far = ((rows - rows[patch]).abs() / grid[0] > 0.2) | ((columns - columns[patch]).abs() / grid[1] > 0.2)
+            result[image, patch] = (patches[far] - token).norm(dim=1).min()
+    return result
+
+
+def test_own_image_and_top_patches() -> None:
+    """By default 0.7 of the deviation from the bank, 0.3 of that from the own image; the mean of three patches."""
+    normal, images = torch.randn(2, 3, 128, 96), torch.randn(3, 3, 128, 96)
+    model = fitted(normal, layers=[3], scales=[1])
+    channels = model.neurons[0].indices
+    with torch.no_grad():
+        train, test = (
+            F.normalize(model.tokens(batch)[0][3][..., channels], dim=-1).double() for batch in (normal, images)
+        )
+    grid = (8, 6)
+    usual = own_by_hand(train, grid).quantile(0.99).maximum(model.banks[0][0].distance_scale)
+    deviation = 0.7 * deviation_by_hand(model, normal, images, 3) + 0.3 * own_by_hand(test, grid) / usual
+    expected = (deviation / (1 + deviation)).sort(dim=1).values[:, -3:].mean(dim=1)
+    torch.testing.assert_close(model(images).pred_score.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_scores_of_the_normal_images() -> None:
+    """One image against the other, corrected for the smaller bank; its own part needs no correction."""
+    normal = torch.randn(2, 3, 128, 96)
+    model = LAKEModel(TINY, pre_trained=False, num_neurons=20, layers=[3], scales=[1])
+    model.train()(normal)
+    result = model.fit()
+    with torch.no_grad():
+        tokens = F.normalize(model.tokens(normal)[0][3][..., model.neurons[0].indices], dim=-1).double()
+    bank = torch.stack([torch.cdist(tokens[i], tokens[1 - i]).amin(dim=1) for i in (0, 1)])
+    own = own_by_hand(tokens, (8, 6))
+    usual = bank.quantile(0.99)
+    deviation = 0.7 * bank / usual * 0.5**0.09 + 0.3 * own / own.quantile(0.99).maximum(usual)
+    expected = (deviation / (1 + deviation)).topk(3, dim=1).values.mean(dim=1)
+    torch.testing.assert_close(result.pred_score.double(), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_fusion_with_text(clip_file: Path) -> None:
     """0.7 structural and 0.3 semantic, the latter from the last block, projected, against the two embeddings."""
     normal, images = torch.randn(2, 3, 64, 64), torch.randn(3, 3, 64, 64)
-    model = LAKEModel(TINY_CLIP, layers=[3], scales=[1], weights=clip_file, num_neurons=20, sigma=0)
+    model = LAKEModel(TINY_CLIP, layers=[3], scales=[1], weights=clip_file, num_neurons=20, sigma=0, **PAPER)
     model.train()(normal)
     model.fit("bottle")
     model.eval()
@@ -233,6 +279,8 @@ def test_order_of_steps() -> None:
         ({"scales": [1, 2]}, r"scales=\[1, 2\] must be odd"),
         ({"temperature": 0}, "temperature=0 must be a positive"),
         ({"bank_size": 0}, "bank_size=0"),
+        ({"own_weight": -0.1}, r"own_weight=-0\.1 must lie in \[0, 1\]"),
+        ({"top_patches": 0}, "top_patches=0 must be at least 1"),
         ({"backbone": TINY_CLIP, "normal_prompts": []}, "normal_prompts"),
     ],
 )

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Distance of a patch to the rest of its own image: what is normal mostly recurs, a defect seldom does."""
+
+import torch
+from torch import nn
+
+from .bank import QUANTILE, kept_patches
+
+# Share of the image's height and width that a patch's surroundings reach in each direction. Inside them, patches of
+# the same defect would explain each other.
+SURROUNDINGS = 0.2
+
+
+class OwnImage(nn.Module):
+    """Distance of patches to the nearest one outside their surroundings in the same image.
+
+    Needs no bank, so it helps most where few normal images leave much of what is normal unseen. Distances are divided
+    by the 99 % quantile of those of the normal images, as the bank's are.
+
+    Attributes:
+        distance_scale (torch.Tensor): That quantile, a scalar.
+
+    Example:
+        >>> own = OwnImage()
+        >>> normal = torch.tensor([[[0.0], [3.0], [1.0], [3.0]]])
+        >>> own.fit(normal, grid=(1, 4))
+        tensor([[1., 0., 1., 0.]])
+        >>> own(torch.tensor([[[0.0], [3.0], [9.0], [3.0]]]), grid=(1, 4)).round(decimals=2)
+        tensor([[3., 0., 6., 0.]])
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("distance_scale", torch.ones(()))
+        self.distance_scale: torch.Tensor
+
+    def fit(
+        self,
+        tokens: torch.Tensor,
+        grid: tuple[int, int],
+        stride: int = 1,
+        least: torch.Tensor | float = 1e-6,
+    ) -> torch.Tensor:
+        """Measure the normal images' own distances.
+
+        Args:
+            tokens (torch.Tensor): Projected patch tokens of normal images ``(I, N, K)``.
+            grid (tuple[int, int]): Rows and columns of patches, ``N = rows * columns``.
+            stride (int): Compare with the tokens of every ``stride``-th row and column.
+            least (torch.Tensor | float): Smallest scale; where images repeat themselves exactly it would vanish.
+
+        Returns:
+            torch.Tensor: Deviation of each patch ``(I, N)``.
+        """
+        self.distance_scale = torch.ones_like(self.distance_scale)
+        distances = self(tokens, grid, stride)
+        self.distance_scale = distances.quantile(QUANTILE).clamp(min=least)
+        return distances / self.distance_scale
+
+    def forward(self, tokens: torch.Tensor, grid: tuple[int, int], stride: int = 1) -> torch.Tensor:
+        """Compute how far patches are from the rest of their image.
+
+        Args:
+            tokens (torch.Tensor): Projected patch tokens ``(B, N, K)``.
+            grid (tuple[int, int]): Rows and columns of patches, ``N = rows * columns``.
+            stride (int): Compare with the tokens of every ``stride``-th row and column.
+
+        Returns:
+            torch.Tensor: Distance to the nearest patch outside the surroundings, over the scale ``(B, N)``.
+        """
+        kept = kept_patches(grid, stride, tokens.device)
+        forbidden = torch.zeros(len(tokens[0]), len(kept), dtype=tokens.dtype, device=tokens.device)
+        forbidden = forbidden.masked_fill(~outside(grid, kept), float("-inf"))
+        if torch.compiler.is_compiling():
+            distances = _distances(tokens, kept, forbidden)
+        else:  # image by image, so that the table of distances stays in the cache
+            distances = torch.stack([_distances(image, kept, forbidden) for image in tokens])
+        return distances / self.distance_scale
+
+
+def _distances(tokens: torch.Tensor, kept: torch.Tensor, forbidden: torch.Tensor) -> torch.Tensor:
+    """Distances ``(..., N)`` of tokens ``(..., N, K)`` to the nearest kept one that is not forbidden ``(N, M)``."""
+    others = tokens[..., kept, :]
+    squares = tokens.square().sum(dim=-1)
+    brackets = tokens @ others.mT - squares[..., None, kept] / 2 + forbidden
+    return (squares - 2 * brackets.amax(dim=-1)).clamp(min=0).sqrt()
+
+
+def outside(grid: tuple[int, int], kept: torch.Tensor) -> torch.Tensor:
+    """Which of the kept patches lie outside each patch's surroundings; of a patch that has none there, all.
+
+    Args:
+        grid (tuple[int, int]): Rows and columns of patches.
+        kept (torch.Tensor): Numbers of the kept patches ``(M,)``.
+
+    Returns:
+        torch.Tensor: Truth values ``(N, M)``.
+
+    Example:
+        >>> outside((1, 10), torch.tensor([0, 2, 4, 6]))[3].tolist()
+        [True, False, False, True]
+    """
+    numbers = torch.arange(grid[0] * grid[1], device=kept.device)
+    down = (numbers[:, None] // grid[1] - kept // grid[1]).abs()
+    across = (numbers[:, None] % grid[1] - kept % grid[1]).abs()
+    far = (down > SURROUNDINGS * grid[0]) | (across > SURROUNDINGS * grid[1])
+    return far | ~far.any(dim=1, keepdim=True)
