@@ -83,8 +83,8 @@ def test_head_is_computed_in_single_precision(exported: tuple[AnomalibModule, Pa
     graph = ov.Core().read_model(path)
     head = set(head_operations(graph, model.model.backbone))
     products = [node for node in graph.get_ordered_ops() if node.get_type_name() == "MatMul"]
-    # LAKE: distances in two blocks at two scales; SPG: cosines in two blocks; both: rows and columns of the map.
-    expected = 6 if isinstance(model, LAKE) else 4
+    # LAKE: distances to bank and own image in two blocks at two scales; SPG: cosines in two blocks; both: the map.
+    expected = 10 if isinstance(model, LAKE) else 4
     assert sum(node.get_friendly_name() in head for node in products) == expected
     half = {"inside": 0, "behind": 0}
     for node in ov.Core().compile_model(path, "CPU").get_runtime_model().get_ordered_ops():
