@@ -27,7 +27,8 @@ gap to it; share of a good part's pixels that are in its mask, of every fourth r
 mean over datasets and draws ± standard deviation over the datasets' means.
 
 DINOv2-S/14 at 448x448. Every image passes the backbone once; its tokens, 8 GB, are kept in ``--cache``, and predictions
-below it, in a folder named by the source code of both models. ``--only`` takes some of the datasets.
+below it, in a folder named by the source code of both models. ``--only`` takes some of the datasets, ``--methods``
+some of the methods.
 """
 
 import argparse
@@ -64,6 +65,7 @@ from tests.benchmarks import cross_dataset, lake_accuracy
 from tests.benchmarks.lake_accuracy import BLOCKS, DEFAULT, GRID, backbone, tokens
 from tests.textures import DEFECTS, draw_defect, photo
 
+METHODS = ("LAKE", "SPG", "PatchCore", "AnomalyDINO")
 DATASETS = ("textile-real", "brick", "grass", "gravel", "tissue", "moon", "textile")
 COUNT = 40  # images to draw from, unseen good ones, and bad ones
 SIZE = 200
@@ -395,6 +397,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("decisions_tokens"))
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--slow-draws", type=int, default=2, help="draws for SPG and the peers")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="rows of the first table")
     parser.add_argument("--only", nargs="+", choices=DATASETS, default=DATASETS)
     arguments = parser.parse_args()
     experiment = Experiment(arguments.data, arguments.cache)
@@ -404,6 +407,8 @@ def main() -> None:
         def row(
             title: str, good: int, rate: Callable[[str, int], list[float]], slow: bool = False, name: str = name
         ) -> None:
+            if arguments.table == "methods" and title not in arguments.methods:
+                return
             draws = min(arguments.draws, arguments.slow_draws) if slow else arguments.draws
             by_draw = torch.tensor([rate(name, draw) for draw in range(draws)])
             figures.setdefault((title, good), []).append(100 * by_draw.mean(dim=0))
