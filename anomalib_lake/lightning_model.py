@@ -319,8 +319,9 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore component configuration and the drawn images' names, and refuse the checkpoint of another model."""
-        if "own_weight" not in checkpoint.get("hyper_parameters", {}):  # an older one: bank and maximum only
-            self.model.compare_with_bank_only()
+        named = "own_weight" in checkpoint.get("hyper_parameters", {})
+        if not named and not any(".own_images." in name for name in checkpoint.get("state_dict", {})):
+            self.model.compare_with_bank_only()  # an older one: bank and maximum only
         super().on_load_checkpoint(checkpoint)
         self.normal_images = checkpoint.get("normal_images", [])
 

@@ -79,8 +79,8 @@ def score_of(model: SPGModel | LAKEModel, tokens: Tokens) -> float:
         ]
         patch_map = torch.stack(local).mean(dim=0).unflatten(1, tokens.grid)
         return float(model.score(model.anomaly_map_generator(patch_map, size).flatten(1)))
-    deviation = model.structural_deviation(dict(zip(model.layers, tokens.patches, strict=True)), tokens.grid).max()
-    return float(deviation / (1 + deviation))
+    deviation = model.structural_deviation(dict(zip(model.layers, tokens.patches, strict=True)), tokens.grid)
+    return float((deviation / (1 + deviation)).topk(model.top_patches).values.mean())
 
 
 @torch.no_grad()
