@@ -156,7 +156,7 @@ IMAGES = [
         ("RGBA, all transparent", odd(plain(tone=(200, 100, 50, 0), kind="RGBA")), DECIDED),
         ("grey with alpha", odd(mode("LA"), twin=mode("L")), SAME),
         ("CMYK JPEG", odd(mode("CMYK"), "odd.jpg", quality=95), SAME),
-        ("YCbCr TIFF", odd(mode("YCbCr"), "odd.tiff"), SAME),
+        ("YCbCr TIFF", odd(mode("YCbCr"), "odd.tiff"), (SAME, NAMED)),  # older releases of Pillow cannot read it
         ("LAB TIFF", odd(plain(kind="LAB"), "odd.tiff"), (DECIDED, NAMED)),
         ("JPEG", odd(colour, "odd.jpg", quality=95), SAME),
         ("progressive JPEG", odd(colour, "odd.jpeg", quality=95, progressive=True), SAME),
