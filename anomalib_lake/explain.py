@@ -93,7 +93,12 @@ def _explain_image(
             if model.own_weight > 0:
                 own = model.own_images[block_number][number]
                 kept = kept_patches(grid, stride_of(scale), x.device)
-                elsewhere = torch.cdist(x, x[kept]).masked_fill(~outside(grid, kept), float("inf")).argmin(dim=1)
+                elsewhere = (
+                    torch
+                    .cdist(x, x[kept])
+                    .masked_fill(~outside(grid, stride_of(scale), x.device), float("inf"))
+                    .argmin(dim=1)
+                )
                 split = torch.lerp(split, _split(x, x[kept[elsewhere]]) / own.distance_scale, model.own_weight)
             found.append((split, distance, match))
         for collected, values in zip((splits, distances, matches), zip(*found, strict=True), strict=True):

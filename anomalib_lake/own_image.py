@@ -70,8 +70,8 @@ class OwnImage(nn.Module):
             torch.Tensor: Distance to the nearest patch outside the surroundings, over the scale ``(B, N)``.
         """
         kept = kept_patches(grid, stride, tokens.device)
-        forbidden = torch.zeros(len(tokens[0]), len(kept), dtype=tokens.dtype, device=tokens.device)
-        forbidden = forbidden.masked_fill(~outside(grid, kept), float("-inf"))
+        allowed = outside(grid, stride, tokens.device)
+        forbidden = torch.where(allowed, 0.0, float("-inf")).to(tokens.dtype)
         if torch.compiler.is_compiling():
             distances = _distances(tokens, kept, forbidden)
         else:  # image by image, so that the table of distances stays in the cache
@@ -87,22 +87,24 @@ def _distances(tokens: torch.Tensor, kept: torch.Tensor, forbidden: torch.Tensor
     return (squares - 2 * brackets.amax(dim=-1)).clamp(min=0).sqrt()
 
 
-def outside(grid: tuple[int, int], kept: torch.Tensor) -> torch.Tensor:
+def outside(grid: tuple[int, int], stride: int = 1, device: torch.device | None = None) -> torch.Tensor:
     """Which of the kept patches lie outside each patch's surroundings; of a patch that has none there, all.
 
     Args:
         grid (tuple[int, int]): Rows and columns of patches.
-        kept (torch.Tensor): Numbers of the kept patches ``(M,)``.
+        stride (int): Every ``stride``-th row and column is kept, as :func:`.bank.kept_patches` does.
+        device (torch.device | None): Where the truth values are needed.
 
     Returns:
         torch.Tensor: Truth values ``(N, M)``.
 
     Example:
-        >>> outside((1, 10), torch.tensor([0, 2, 4, 6]))[3].tolist()
-        [True, False, False, True]
+        >>> outside((1, 10), stride=2)[3].tolist()
+        [True, False, False, True, True]
     """
-    numbers = torch.arange(grid[0] * grid[1], device=kept.device)
-    down = (numbers[:, None] // grid[1] - kept // grid[1]).abs()
-    across = (numbers[:, None] % grid[1] - kept % grid[1]).abs()
-    far = (down > SURROUNDINGS * grid[0]) | (across > SURROUNDINGS * grid[1])
+    near = []  # rows, then columns: a table of all patches would take longer than their distances
+    for count in grid:
+        numbers = torch.arange(count, device=device)
+        near.append((numbers[:, None] - numbers[::stride]).abs() <= SURROUNDINGS * count)
+    far = ~(near[0][:, None, :, None] & near[1][None, :, None, :]).flatten(2).flatten(0, 1)
     return far | ~far.any(dim=1, keepdim=True)

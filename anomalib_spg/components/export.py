@@ -68,11 +68,12 @@ def finish_openvino(path: Path, folder: Path, backbone: Backbone) -> Path:
     names = antialias_resize(model)
     write_out(model, head_operations(model, backbone))
     names += head_operations(model, backbone)
-    temporary = folder / f".{path.stem}.tmp.xml"
-    ov.save_model(model, temporary, compress_to_fp16=False)
-    keep_float32(temporary, names)
-    for suffix in (".bin", ".xml"):
-        temporary.with_suffix(suffix).replace(folder / f"{path.stem}{suffix}")
+    with TemporaryDirectory(dir=folder) as temporary:
+        finished = Path(temporary) / path.name
+        ov.save_model(model, finished, compress_to_fp16=False)
+        keep_float32(finished, names)
+        for suffix in (".bin", ".xml"):
+            finished.with_suffix(suffix).replace((folder / path.name).with_suffix(suffix))
     return folder / path.name
 
 
@@ -91,12 +92,26 @@ def antialias_resize(model: "Model") -> list[str]:
     known = {op.get_friendly_name() for op in model.get_ordered_ops()}
     for resize in [op for op in model.get_ordered_ops() if op.get_type_name() == "Interpolate"]:
         if resize.get_attributes()["antialias"]:
-            height, width = (int(size) for size in resize.get_output_partial_shape(0).get_min_shape()[2:])
-            rows = _resize(resize.input_value(0).get_node(), axis=2, size=height)
-            replacement = _resize(rows, axis=3, size=width)
+            height, width = resize.get_output_partial_shape(0)[2], resize.get_output_partial_shape(0)[3]
+            if height.is_dynamic or width.is_dynamic:  # a transform that keeps the image's proportions
+                replacement = _resize_as_pillow(resize)
+            else:
+                rows = _resize(resize.input_value(0).get_node(), axis=2, size=height.get_length())
+                replacement = _resize(rows, axis=3, size=width.get_length())
             for target in resize.output(0).get_target_inputs():
                 target.replace_source_output(replacement.output(0))
     return [op.get_friendly_name() for op in model.get_ordered_ops() if op.get_friendly_name() not in known]
+
+
+def _resize_as_pillow(resize: "Node") -> "Node":
+    """The same resize in OpenVINO's mode that antialiases: slow, but to any size."""
+    from openvino import opset11 as op
+
+    axes = op.constant(np.array([2, 3]))
+    sizes = op.gather(resize.input_value(1), axes, op.constant(0))
+    pads = [0, 0, 0, 0]
+    images = resize.input_value(0)
+    return op.interpolate(images, sizes, "bilinear_pillow", "sizes", pads_begin=pads, pads_end=pads, axes=axes)
 
 
 def _resize(images: "Node", axis: int, size: int) -> "Node":
