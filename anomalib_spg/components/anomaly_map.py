@@ -22,9 +22,38 @@ def to_pixels(patch_map: torch.Tensor, patch_size: int, image_size: tuple[int, i
     Returns:
         torch.Tensor: Map ``(B, H, W)``.
     """
-    height, width = patch_map.shape[-2] * patch_size, patch_map.shape[-1] * patch_size
-    pixels = F.interpolate(patch_map[:, None], (height, width), mode="bilinear", align_corners=False)[:, 0]
-    return pixels[:, : image_size[0], : image_size[1]]
+    rows, columns = (
+        upsampling(count, patch_size, size, like=patch_map)
+        for count, size in zip(patch_map.shape[-2:], image_size, strict=True)
+    )
+    return rows @ (patch_map @ columns.T)
+
+
+def upsampling(count: int, patch_size: int, size: int, like: torch.Tensor) -> torch.Tensor:
+    """Matrix that upsamples one axis of a map over patches linearly to pixels.
+
+    Bilinear upsampling is linear and separable, so applying it to unit vectors gives one small matrix per axis. The
+    products take as long as torch's own upsampling, and their gradient a twentieth of its gradient.
+
+    Args:
+        count (int): Patches along the axis.
+        patch_size (int): Side of a patch in pixels.
+        size (int): Pixels of the image along the axis; the rest of the last patch is padding, and is cropped.
+        like (torch.Tensor): A tensor of the type and on the device wanted.
+
+    Returns:
+        torch.Tensor: Weights of the patches in each pixel ``(size, count)``.
+
+    Example:
+        >>> upsampling(2, patch_size=2, size=4, like=torch.zeros(1))
+        tensor([[1.0000, 0.0000],
+                [0.7500, 0.2500],
+                [0.2500, 0.7500],
+                [0.0000, 1.0000]])
+    """
+    units = torch.eye(count, dtype=like.dtype, device=like.device)[None]
+    pixels = F.interpolate(units, size=count * patch_size, mode="linear", align_corners=False)
+    return pixels[0, :, :size].T
 
 
 class AnomalyMapGenerator(nn.Module):
@@ -93,12 +122,10 @@ class AnomalyMapGenerator(nn.Module):
     def _pixels_of_patches(self, patch_map: torch.Tensor, image_size: tuple[int, int]) -> list[torch.Tensor]:
         """Matrices that upsample and smooth the rows ``(H, h)`` and the columns ``(W, w)``.
 
-        Both steps are linear and separable, so applying them to unit vectors gives one small matrix per axis. Two
-        matrix products cost a hundredth of smoothing the pixels themselves.
+        Two matrix products cost a hundredth of smoothing the pixels themselves.
         """
         matrices = []
         for count, size in zip(patch_map.shape[-2:], image_size, strict=True):
-            units = torch.eye(count, dtype=patch_map.dtype, device=patch_map.device)[None]
-            pixels = F.interpolate(units, size=count * self.patch_size, mode="linear", align_corners=False)
-            matrices.append(self.blur(pixels[:, None, :, :size].transpose(2, 3))[0, 0])
+            pixels = upsampling(count, self.patch_size, size, like=patch_map)
+            matrices.append(self.blur(pixels[None, None])[0, 0])
         return matrices

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.nn import functional as F  # noqa: N812
 
 from anomalib_spg import GuideSettings
 from anomalib_spg.components.anomaly_map import to_pixels
@@ -79,6 +80,17 @@ def test_to_pixels_is_aligned(grid: tuple[int, int]) -> None:
     pixels = to_pixels(patch_map, 5, (grid[0] * 5 - 2, grid[1] * 5 - 1))
     assert pixels.shape == (1, grid[0] * 5 - 2, grid[1] * 5 - 1)
     torch.testing.assert_close(pixels[0, 2::5, 2::5], patch_map[0])
+
+
+def test_to_pixels_is_bilinear_upsampling() -> None:
+    """Values and gradients are those of torch's own upsampling."""
+    patch_map = torch.rand(2, 5, 7, requires_grad=True)
+    weights = torch.rand(2, 66, 95)
+    expected = F.interpolate(patch_map[:, None], scale_factor=14, mode="bilinear", align_corners=False)[:, 0, :66, :95]
+    pixels = to_pixels(patch_map, 14, (66, 95))
+    torch.testing.assert_close(pixels, expected, atol=1e-6, rtol=1e-6)
+    gradients = [torch.autograd.grad((pixels * weights).sum(), patch_map)[0] for pixels in (pixels, expected)]
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("arguments", [{"ema_warmup": True}, {"ema_decay": 0.0}])
