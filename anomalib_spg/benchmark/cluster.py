@@ -38,8 +38,16 @@ if TYPE_CHECKING:
 
     from .pipeline import BenchmarkJob
 
+logger = logging.getLogger(__name__)
+
 ATTEMPTS = 3  # a job that takes its worker down with it, for instance by memory, would do so forever
 _OBJECT_STORE = 100 * 2**20  # bytes; Ray's default is 30 % of the memory, and rows of results are small
+# Ray reads them when it is imported.
+_RAY = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # it reports nothing to its makers
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # `uv run` does not make it copy this folder
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # it does not print the logs of processes that died: hundreds of lines
+}
 _NOTICE = 60.0  # seconds without news after which it is said why
 _GRACE = 10.0  # seconds for stopped jobs to remove their temporary files
 
@@ -123,9 +131,7 @@ class Cluster:
     @contextmanager
     def _connected(self) -> Generator[None, None, None]:
         """Start or join Ray, and leave or end it."""
-        # Before ray is imported: nothing is reported to its makers, and `uv run` does not make it copy this folder.
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+        os.environ.update(_RAY)
         import ray
 
         logging.getLogger("ray").propagate = True  # into the benchmark's log; else it would print warnings
@@ -230,7 +236,8 @@ def _follow(tasks: list[Task], work: Callable[[Task], Outcome], place: _Place) -
                     yield task, news
                     continue
                 lost[task.number] += 1
-                reason = f"{type(news).__name__}: {str(news).strip().splitlines()[0]}"
+                logger.warning("%s lost: %s", task.name, news)
+                reason = f"{type(news).__name__}: {str(news).strip().splitlines()[0].split('. ')[0].rstrip('.')}"
                 if lost[task.number] < ATTEMPTS:
                     waiting.insert(0, task)
                     print(f"{task.number} {task.name}: LOST, will run again ({reason})", flush=True)
