@@ -186,12 +186,12 @@ def test_a_machine_is_killed(
 @pytest.mark.usefixtures("ray")
 def test_stopped_and_started_again(mvtec: Path) -> None:
     """Ctrl-C in a terminal reaches Ray's processes, too. What was done is kept, nothing else is."""
-    write_config(mvtec, {"class_path": "Brightness", "image_size": 64}, gated(1, 2))
+    write_config(mvtec, {"class_path": "Brightness", "image_size": 64}, gated(1))
     command = [sys.executable, "-m", "anomalib_spg.benchmark", "--config", "table.yaml", "--output", "run"]
 
     def start() -> subprocess.Popen:
         return subprocess.Popen(
-            [*command, "--engine", "ray", "--workers", "2"],
+            [*command, "--engine", "ray", "--workers", "1"],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -200,12 +200,12 @@ def test_stopped_and_started_again(mvtec: Path) -> None:
         )
 
     first, before = start(), ray_processes()
-    wait_until(lambda: first.poll() is not None or (len(begun()) == 2 and Path("run/results.csv").exists()))
+    wait_until(lambda: first.poll() is not None or (len(begun()) == 1 and Path("run/results.csv").exists()))
     os.killpg(first.pid, signal.SIGINT)
     output = first.communicate(timeout=300)[0]
     assert first.returncode == 1, output
     assert "Interrupted. The same command goes on" in output
-    assert ray_processes() <= before
+    wait_until(lambda: ray_processes() <= before)  # a worker that was starting needs a moment to notice
     assert [path.name for path in Path(os.environ["TMPDIR"]).iterdir()] == []
     assert len(pd.read_csv("run/results.csv")) == 1
 
@@ -213,10 +213,10 @@ def test_stopped_and_started_again(mvtec: Path) -> None:
     second = start()
     output = second.communicate(timeout=300)[0]
     assert second.returncode == 0, output
-    assert "3 jobs, 1 of them in" in output
-    assert "[1/3]" not in output
+    assert "2 jobs, 1 of them in" in output
+    assert "[1/2]" not in output
     rows = pd.read_csv("run/results.csv")
-    assert rows["model.class_path"].tolist() == ["Brightness", "Gated", "Gated"]
+    assert rows["model.class_path"].tolist() == ["Brightness", "Gated"]
     assert [path.name for path in Path(os.environ["TMPDIR"]).iterdir()] == []
 
 
