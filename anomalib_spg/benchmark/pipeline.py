@@ -16,7 +16,8 @@ What it does beyond ``anomalib benchmark``:
 
 The config has two extensions: ``benchmark:`` may be a list of blocks, and a ``grid:`` may be nested in an entry of
 another. For models without an argument for the image size, such as anomalib's own, ``image_size:`` goes beside
-``init_args:``. Jobs run one after another on one device.
+``init_args:``. Jobs run one after another on one device, or, with ``--engine ray``, on all GPUs of this machine or of a
+cluster (:mod:`.cluster`).
 """
 
 import dataclasses
@@ -25,12 +26,15 @@ import inspect
 import json
 import logging
 import shutil
+import socket
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -54,6 +58,7 @@ from anomalib_spg.components.post_processor import GoodPartsPostProcessor
 from anomalib_spg.components.raw_scores import RawScorePostProcessor
 from anomalib_spg.settings import GuideSettings
 
+from .cluster import Cluster, Outcome, Task
 from .tables import identify, read_results, results_table
 
 logger = logging.getLogger(__name__)
@@ -97,7 +102,7 @@ class BenchmarkJob(Job):
         """Fit and test.
 
         Args:
-            task_id (int | None): Unused; jobs do not run in parallel.
+            task_id (int | None): Unused; a job uses the first device that it sees.
 
         Returns:
             dict[str, Any]: The row of the results: key, durations in seconds, configuration, metrics.
@@ -192,13 +197,18 @@ class BenchmarkJobGenerator(JobGenerator):
 
 
 class ResumingRunner(Runner):
-    """Runs the jobs that have no results yet, one after another, and writes each result at once.
+    """Runs the jobs that have no results yet, and writes each result at once.
 
     Args:
         generator (BenchmarkJobGenerator): Makes the jobs.
+        cluster (Cluster | None): Where they run; ``None`` runs them here, one after another. Defaults to ``None``.
     """
 
     generator: BenchmarkJobGenerator
+
+    def __init__(self, generator: BenchmarkJobGenerator, cluster: Cluster | None = None) -> None:
+        super().__init__(generator)
+        self.cluster = cluster
 
     def run(self, args: dict | list, prev_stage_results: Any = None) -> pd.DataFrame:  # noqa: ANN401
         """Run the jobs.
@@ -218,29 +228,30 @@ class ResumingRunner(Runner):
         done = {row["job"] for row in _read_rows(path)}
         todo = [(job, name) for job, name in zip(jobs, names(jobs), strict=True) if job.key not in done]
         print(f"{len(jobs)} jobs, {len(jobs) - len(todo)} of them in {path} already", flush=True)
+        numbers = range(len(jobs) - len(todo) + 1, len(jobs) + 1)
+        tasks = [Task(f"[{number}/{len(jobs)}]", name, job) for number, (job, name) in zip(numbers, todo, strict=True)]
         results, failures = [], []
-        for number, (job, name) in enumerate(todo, start=len(jobs) - len(todo) + 1):
-            print(f"[{number}/{len(jobs)}] {name}", flush=True)
-            if any(row["job"] == job.key for row in _read_rows(path)):
-                print("    done by another run", flush=True)
-                continue
-            start = time.time()
-            try:
-                row = job.run()
-            except LoggerRedirectError as wrapped:
-                error = wrapped.__cause__ or wrapped
-                logger.exception("%s failed", name)
-                failures.append(name)
-                print(f"    FAILED after {time.time() - start:.1f} s: {type(error).__name__}: {error}", flush=True)
-                continue
-            results.append(row)
-            _append_row(path, row)
-            auroc = f", image AUROC {row['image_AUROC']:.3f}" if "image_AUROC" in row else ""
-            print(f"    {row['job_duration']:.1f} s{auroc}", flush=True)
+        with closing(self._outcomes(tasks)) as outcomes:
+            for task, outcome in outcomes:
+                if outcome.row is not None:
+                    results.append(outcome.row)
+                    _append_row(path, outcome.row, [job.key for job in jobs])
+                elif outcome.error:
+                    failures.append(task.name)
+                print(f"{task.number} {task.name}: {outcome}" if self.cluster else f"    {outcome}", flush=True)
         if failures:
             msg = "\n  ".join([f"{len(failures)} of {len(jobs)} jobs failed, see above:", *failures])
             raise RuntimeError(msg)
         return self.generator.job_class.collect(results)
+
+    def _outcomes(self, tasks: list[Task]) -> Generator[tuple[Task, Outcome], None, None]:
+        output = self.generator.output
+        if self.cluster:
+            yield from self.cluster.run(tasks, partial(_attempt_in_worker, output), output)
+            return
+        for task in tasks:
+            print(f"{task.number} {task.name}", flush=True)
+            yield task, _attempt(output, task)
 
 
 class Benchmark(Pipeline):
@@ -254,20 +265,27 @@ class Benchmark(Pipeline):
     @staticmethod
     def _setup_runners(args: dict) -> list[Runner]:
         accelerators = args["accelerator"] if isinstance(args["accelerator"], list) else [args["accelerator"]]
+        cluster = None
+        if args["engine"] == "ray":
+            cluster = Cluster(accelerators, args["workers"])
+        elif args["workers"] is not None:
+            msg = "--workers needs --engine ray."
+            raise ValueError(msg)
         for accelerator in accelerators:
             if accelerator not in {"cpu", "cuda"}:
                 msg = f"accelerator '{accelerator}' is unknown; choose cpu or cuda."
                 raise ValueError(msg)
-            if accelerator == "cuda" and not torch.cuda.is_available():
+            if accelerator == "cuda" and not (torch.cuda.is_available() or (cluster and cluster.address)):
                 msg = "accelerator is cuda, but torch finds no CUDA device here. Set accelerator to cpu in the config."
                 raise ValueError(msg)
-        return [ResumingRunner(BenchmarkJobGenerator(accelerators, Path(args["output"])))]
+        return [ResumingRunner(BenchmarkJobGenerator(accelerators, Path(args["output"])), cluster)]
 
     def run(self, args: Namespace | None = None) -> None:
         """Run what the config says, and print the tables of all results in the output folder.
 
         Args:
-            args (Namespace | None): ``config`` and ``output``; ``None`` takes them from the command line.
+            args (Namespace | None): ``config``, ``output``, ``engine`` and ``workers``; ``None`` takes them from the
+                command line.
 
         Raises:
             RuntimeError: If jobs failed.
@@ -279,7 +297,7 @@ class Benchmark(Pipeline):
             msg = f"'{args.config}' needs the sections accelerator and benchmark, as configs of `anomalib benchmark`."
             raise ValueError(msg)
         output = Path(args.output or Path("runs/benchmark") / Path(args.config).stem)
-        runners = self._setup_runners({**config, "output": output})
+        runners = self._setup_runners({**config, "output": output, "engine": args.engine, "workers": args.workers})
         _log_to(output / "benchmark.log")
         try:
             for runner in runners:
@@ -290,12 +308,21 @@ class Benchmark(Pipeline):
 
     @staticmethod
     def get_parser(parser: ArgumentParser | None = None) -> ArgumentParser:
-        """Command line: ``--config`` and ``--output``."""
+        """Command line: ``--config``, ``--output``, ``--engine`` and ``--workers``."""
         parser = parser or ArgumentParser(
             prog="python -m anomalib_spg.benchmark", description="A table in one command."
         )
         parser.add_argument("--config", type=str, required=True, help="YAML file in the form of `anomalib benchmark`.")
         parser.add_argument("--output", type=str | None, help="Folder; default: runs/benchmark/<name of the config>.")
+        parser.add_argument(
+            "--engine",
+            type=Literal["sequential", "ray"],
+            default="sequential",
+            help="Jobs one after another, or by Ray: on this machine or, if RAY_ADDRESS names one, in a cluster.",
+        )
+        parser.add_argument(
+            "--workers", type=int | None, help="With Ray on this machine: jobs at the same time; default: one per GPU."
+        )
         return parser
 
 
@@ -363,6 +390,25 @@ def names(jobs: list[BenchmarkJob]) -> list[str]:
     return [f"{row.method}; {row.dataset} {row.category}; seed {row.seed}" for row in identify(settings).itertuples()]
 
 
+def _attempt(output: Path, task: Task) -> Outcome:
+    """Run a job, unless another run has done it meanwhile."""
+    if any(row["job"] == task.job.key for row in _read_rows(output / "results.csv")):
+        return Outcome()
+    start = time.time()
+    try:
+        return Outcome(task.job.run())
+    except LoggerRedirectError as wrapped:
+        error = wrapped.__cause__ or wrapped
+        logger.exception("%s failed", task.name)
+        return Outcome(error=f"FAILED after {time.time() - start:.1f} s: {type(error).__name__}: {error}")
+
+
+def _attempt_in_worker(output: Path, task: Task) -> Outcome:
+    """The same in another process: each machine has a log, since appending to one from several may lose lines."""
+    _log_to(output / f"benchmark-{socket.gethostname()}.log")
+    return _attempt(output, task)
+
+
 def _log_to(path: Path) -> None:
     """Log to a file; anomalib's own redirect_logs writes every line several times."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -389,15 +435,18 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
     return [{str(name): value for name, value in row.items()} for row in rows.to_dict("records")]
 
 
-def _append_row(path: Path, row: dict[str, Any]) -> None:
+def _append_row(path: Path, row: dict[str, Any], order: Sequence[str] = ()) -> None:
+    """Add a row, unless there is one of this job, and keep rows in the order of the jobs' keys, others before them."""
     texts = {name: "" if value is None else str(value) for name, value in row.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):  # another run may have the same output folder
         rows = _read_rows(path)
         if any(known["job"] == row["job"] for known in rows):
             return
+        places = {key: place for place, key in enumerate(order, start=1)}
+        rows = sorted([*rows, texts], key=lambda row: places.get(row["job"], 0))
         with atomic_write(path) as temporary:
-            BenchmarkJob.collect([*rows, texts]).to_csv(temporary, index=False)
+            BenchmarkJob.collect(rows).to_csv(temporary, index=False)
 
 
 def main() -> None:
