@@ -398,7 +398,8 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         self.place_thresholds()
         self._learned = None
         logger.info("Seconds spent: %s.", ", ".join(f"{name} {s:.0f}" for name, s in self.model.seconds.items()))
-        logger.info("Guides saved to %s. SPG(guides_file=...) uses them on other data without training.", path)
+        if self.trainer.is_global_zero:
+            logger.info("Guides saved to %s. SPG(guides_file=...) uses them on other data without training.", path)
 
     def explain(self, images: torch.Tensor, tokens: Tokens | None = None) -> list[Explanation]:
         """Split the scores of images into atoms; see :func:`anomalib_spg.explain.explain`.

@@ -4,7 +4,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -39,10 +39,10 @@ class Hub(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: Hub
 
-    def do_HEAD(self) -> None:  # noqa: N802  # the library's name
+    def do_HEAD(self) -> None:
         self.answer(with_content=False)
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self.answer(with_content=True)
 
     def answer(self, with_content: bool) -> None:
@@ -80,13 +80,12 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serve(root: Path) -> Iterator[Hub]:
-    """Serve a folder while the block runs."""
-    hub = Hub(root)
+def serve(hub: Hub) -> Generator[None, None, None]:
+    """Let a hub answer while the block runs; afterwards its address is refused."""
     thread = Thread(target=hub.serve_forever, daemon=True)
     thread.start()
     try:
-        yield hub
+        yield
     finally:
         hub.shutdown()
         hub.server_close()

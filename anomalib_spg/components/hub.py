@@ -29,7 +29,7 @@ def local_file(path: str | Path) -> Path:
 
     Args:
         path (str | Path): Path of a local file, or address ``hf://owner/repository/path/file.safetensors``. A branch,
-            a tag or a commit is named behind the repository, ``hf://owner/repository@revision/path/...``, or at the end.
+            tag or commit stands behind the repository, ``hf://owner/repository@revision/path/...``, or at the end.
 
     Returns:
         Path: A local path, as it was given; else the file in the hub's cache.
