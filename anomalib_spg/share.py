@@ -53,9 +53,7 @@ In Python: `anomalib_spg.SPG(guides_file="{address}")`
 | | |
 |---|---|
 {facts}
-
 {figures}
-
 ## Measured
 
 {measured}
@@ -133,12 +131,14 @@ def write_folder(
             shutil.copyfile(examples_file, temporary)
     with atomic_write(folder / GUIDES) as temporary:
         shutil.copyfile(local_file(guides_file), temporary)
-    blocks = metadata.get("layers", range(len(learned.guides)))
-    figures = {f"guides_block{block}.jpg": block for block in blocks}
-    for (name, block), guides in zip(figures.items(), learned.guides, strict=True):
-        plot_guides(guides, block, examples).savefig(folder / name, dpi=90, pil_kwargs={"quality": 85})
+    figures = []
+    if examples is not None:  # without patches atoms are mere numbers
+        for block, guides in zip(metadata.get("layers", range(len(learned.guides))), learned.guides, strict=True):
+            figures.append(f"guides_block{block}.jpg")
+            figure = plot_guides(guides, block, examples)
+            figure.savefig(folder / figures[-1], dpi=90, pil_kwargs={"quality": 85})
     front = _front_matter(metadata, repository, licence, metrics, tested_on)
-    body = _body(metadata, learned, repository, licence, examples, metrics, tested_on, list(figures))
+    body = _body(metadata, learned, repository, licence, examples, metrics, tested_on, figures)
     with atomic_write(folder / CARD) as temporary:
         temporary.write_text(f"---\n{front}\n---\n\n{body}", encoding="utf-8")
     return folder
@@ -211,7 +211,7 @@ def _body(
         commands=commands(address),
         address=address,
         facts="\n".join(f"| {name} | {_cell(value) or 'not recorded'} |" for name, value in facts.items()),
-        figures="\n\n".join(shown),
+        figures="".join(f"\n{paragraph}\n" for paragraph in shown),
         measured=measured,
         licence=LICENCES.get(licence, f"{licence}, for the guides."),
         terms=f"{config.license} by timm's record" if config and config.license else "see there",

@@ -45,9 +45,9 @@ def learned(folder: Path) -> tuple[Path, Path]:
 
 
 def test_folder(files: tuple[Path, Path], tmp_path: Path) -> None:
-    """Guides as they were, a card that the hub's own library reads, and a figure; no training images."""
+    """Guides as they were, and a card that the hub's own library reads; no training images."""
     folder = write_folder(files[0], tmp_path / "out", "me/textures", "cc-by-4.0")
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "guides.safetensors", "guides_block3.jpg"]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "guides.safetensors"]
     assert (folder / "guides.safetensors").read_bytes() == files[0].read_bytes()
     card = ModelCard.load(folder / "README.md")
     assert (card.data.license, card.data.library_name, card.data.eval_results) == ("cc-by-4.0", "anomalib", None)
@@ -69,7 +69,9 @@ def test_examples_and_metrics(files: tuple[Path, Path], tmp_path: Path) -> None:
     metrics = {"image_AUROC": 0.91, "pixel_AUPRO": 0.8}
     folder = write_folder(files[0], tmp_path / "out", "me/textures", "mit", files[1], metrics, "my | parts, 2026")
     assert len(Examples.load(folder / "examples.safetensors").images) == 2
+    assert (folder / "guides_block3.jpg").is_file()
     card = ModelCard.load(folder / "README.md")
+    assert "![What the guides look for](guides_block3.jpg)" in card.text
     assert "holds 2 of them" in card.text
     assert "On my | parts, 2026, as whoever shared these guides says" in card.text
     assert "| image_AUROC | 0.91 |\n| pixel_AUPRO | 0.8 |" in card.text
