@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from .components.anomaly_map import to_pixels
 from .components.files import load_tensors, save_tensors
+from .components.hub import local_file
 from .distributed import average_processes, broadcast, num_processes
 from .losses import dice_loss, focal_loss
 from .settings import GuideSettings
@@ -320,7 +321,7 @@ def read_guides(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     """Read a guides file, and check that it is whole.
 
     Args:
-        path (str | Path): File written by :func:`save_guides`.
+        path (str | Path): File written by :func:`save_guides`, or its address on the hub, see :func:`local_file`.
 
     Returns:
         tuple[dict[str, torch.Tensor], dict[str, Any]]: Tensors named ``"<layer number>.<buffer>"``, and the metadata.
@@ -328,9 +329,10 @@ def read_guides(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     Raises:
         ValueError: If there is no such file, it is unreadable, it is not a guides file, or its contents contradict each
             other.
+        RuntimeError: If the hub could not be asked for it.
     """
     try:
-        tensors, header = load_tensors(path)
+        tensors, header = load_tensors(local_file(path))
     except OSError as exception:
         msg = (
             f"Cannot read the guides file '{path}': {exception}. It is the .safetensors file that training SPG leaves."
@@ -408,12 +410,13 @@ def _metadata_fault(metadata: dict[str, Any], layers: int) -> str | None:
             and all(type(value) is int and value >= lowest for value in values)
         )
 
-    temperature = metadata.get("temperature", 1.0)
+    temperature, versions = metadata.get("temperature", 1.0), metadata.get("versions", {})
     sound = {
         "backbone": isinstance(metadata.get("backbone", ""), str),
         "layers": "layers" not in metadata or are_integers(metadata["layers"], 0, layers),
         "image_size": "image_size" not in metadata or are_integers(metadata["image_size"], 1, 2),
         "temperature": type(temperature) in {int, float} and 0 < temperature < math.inf,
         "settings": isinstance(metadata.get("settings", {}), dict),
+        "versions": isinstance(versions, dict) and all(isinstance(version, str) for version in versions.values()),
     }
     return next((f"its header says {name}={metadata[name]!r}" for name, fits in sound.items() if not fits), None)

@@ -63,7 +63,8 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             hub. Defaults to ``None``.
         image_size (int | tuple[int, int] | None): Size images are resized to. ``None`` is that of the guides file, else
             448, or 518 for CLIP (paper).
-        guides_file (str | Path | None): Guides file; nothing is learned then. Defaults to ``None``.
+        guides_file (str | Path | None): Guides file, a local one or ``hf://owner/repository/path/file.safetensors``;
+            nothing is learned then. Defaults to ``None``.
         hold_out (float): Share of the normal training images, at most 100, that is not learned from and sets the
             threshold, unless validation has enough good images. 0 learns from all, for guides to be used elsewhere.
             Without effect on labelled data and below 8 images. Defaults to 0.25 (ours).
@@ -109,6 +110,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
 
     Raises:
         ValueError: If an argument is out of range, or the guides file belongs to another backbone or layer.
+        RuntimeError: If the hub could not be asked for the guides file.
 
     Example:
         >>> from anomalib_spg import SPG
@@ -396,7 +398,8 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         self.place_thresholds()
         self._learned = None
         logger.info("Seconds spent: %s.", ", ".join(f"{name} {s:.0f}" for name, s in self.model.seconds.items()))
-        logger.info("Guides saved to %s. SPG(guides_file=...) uses them on other data without training.", path)
+        if self.trainer.is_global_zero:
+            logger.info("Guides saved to %s. SPG(guides_file=...) uses them on other data without training.", path)
 
     def explain(self, images: torch.Tensor, tokens: Tokens | None = None) -> list[Explanation]:
         """Split the scores of images into atoms; see :func:`anomalib_spg.explain.explain`.

@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import nn
 
 from .components.anomaly_map import AnomalyMapGenerator
-from .components.backbone import DEFAULT_BACKBONE, Backbone, Tokens
+from .components.backbone import DEFAULT_BACKBONE, Backbone, Tokens, warn_of_other_timm
 from .components.module_list import ModuleList
 from .components.precision import full_precision
 from .distributed import any_process
@@ -47,7 +47,8 @@ class SPGModel(nn.Module):
         weights (str | Path | None): Local weights file used instead of timm's hub. Defaults to ``None``.
         image_size (tuple[int, int] | None): Height and width images are expected to have. Others work, slightly slower.
             Defaults to ``None``: that of the guides file, else the size the weights were trained with.
-        guides_file (str | Path | None): Guides to use; nothing is learned then. Defaults to ``None``.
+        guides_file (str | Path | None): Guides to use, a local file or ``hf://owner/repository/path/file.safetensors``;
+            nothing is learned then. Defaults to ``None``.
         temperature (float | None): Softmax temperature. ``None`` is that of the guides file, else 0.07 (paper).
         sigma (float): Gaussian smoothing of the map in pixels; 0 for none. Defaults to 4 (paper).
         image_score (str): How the map becomes a score: its maximum (``"max"``, paper), the mean of its top
@@ -64,6 +65,7 @@ class SPGModel(nn.Module):
 
     Raises:
         ValueError: If an argument is out of range, or the guides file belongs to another backbone or layer.
+        RuntimeError: If the hub could not be asked for the guides file.
 
     Example:
         >>> model = SPGModel("vit_tiny_patch16_224", layers=[5], pre_trained=False)
@@ -132,6 +134,7 @@ class SPGModel(nn.Module):
             except RuntimeError as exception:
                 msg = f"The guides file '{guides_file}' is damaged or of another backbone: {exception}"
                 raise ValueError(msg) from exception
+            warn_of_other_timm(stored.get("versions", {}).get("timm"), guides_file)
 
         self.store = TokenStore()
         self.settings: dict[str, Any] = stored.get("settings", {})

@@ -63,6 +63,7 @@ OF_SPG: list[tuple[dict[str, Any], str]] = [
     ({"cls_weight": 1.5}, r"cls_weight=1\.5 must lie in \[0, 1\]"),
     ({"cls_weight": NAN}, "cls_weight=nan"),
     ({"guides_file": ""}, "guides file ''"),
+    ({"guides_file": "hf://guides.safetensors"}, "'hf://guides.safetensors' is no address of a file on the hub"),
 ]
 OF_LAKE: list[tuple[dict[str, Any], str]] = [
     ({"k_shot": 0}, "k_shot=0 must be at least 1"),

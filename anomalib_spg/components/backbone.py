@@ -349,6 +349,27 @@ def num_blocks(name: str) -> int:
     return len(_meta_vit(name).blocks)
 
 
+def warn_of_other_timm(recorded: str | None, source: str | Path) -> None:
+    """Say when what was learned elsewhere is used with a timm that may compute other tokens.
+
+    Args:
+        recorded (str | None): Version of timm that was learned with, if that is known.
+        source (str | Path): Where it is recorded, for the message.
+
+    Example:
+        >>> warn_of_other_timm(timm.__version__, "guides.safetensors")
+    """
+    if recorded is not None and recorded.split(".")[:2] != timm.__version__.split(".")[:2]:
+        logger.warning(
+            "'%s' was learned with timm %s, this is timm %s. If that computes other tokens, scores change: look at "
+            "images you know, or install timm %s.",
+            source,
+            recorded,
+            timm.__version__,
+            recorded,
+        )
+
+
 def _meta_vit(name: str) -> Any:  # noqa: ANN401  # timm's ViTs share no class
     """Build a timm ViT without allocating its weights; refuse other architectures."""
     pretrained_config(name)

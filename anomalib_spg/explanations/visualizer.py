@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 
 from anomalib_spg.components.backbone import Tokens
 from anomalib_spg.components.files import atomic_write
+from anomalib_spg.components.hub import beside, local_file
 
 from .examples import Examples, digest, to_picture
 from .explanation import ExplainableModel, Explanation
@@ -165,15 +166,17 @@ class ExplanationVisualizer(ImageVisualizer):
 
     def _find_examples(self, trainer: Trainer, model: "_Model") -> None:
         """Take the examples beside the checkpoint or the guides, else those of the training just done, if they fit."""
-        folders = []
-        if trainer.ckpt_path:  # weights/lightning/model.ckpt, or moved together
-            folders += list(Path(trainer.ckpt_path).absolute().parents)[:2]
         guides_file = getattr(model, "guides_file", None)
-        if guides_file is not None:
-            folders.append(Path(guides_file).absolute().parent)
-        paths = [folder / EXAMPLES for folder in folders]
+        paths = []
         if self.examples_path is not None:
             paths = [Path(self.examples_path)]
+        elif trainer.ckpt_path:  # weights/lightning/model.ckpt, or moved together
+            paths = [folder / EXAMPLES for folder in list(Path(trainer.ckpt_path).absolute().parents)[:2]]
+        if self.examples_path is None and guides_file is not None:
+            try:
+                paths.append(local_file(beside(guides_file, EXAMPLES)))
+            except (RuntimeError, ValueError) as exception:  # the hub has none, or cannot be asked
+                logger.warning("%s", exception)
         for path in filter(Path.is_file, paths):
             try:
                 examples = Examples.load(path)

@@ -3,25 +3,30 @@
 """The real ``anomalib`` command, in subprocesses, with the real DINOv2-S/14 weights on real images."""
 
 import json
+import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import openvino as ov
 import pandas as pd
 import pytest
+import timm
 import torch
 import yaml
 from anomalib.data.utils import read_image
 from anomalib.deploy import OpenVINOInferencer
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from anomalib_spg import SPG
-from tests.helpers import REPOSITORY, few_textiles, make_mvtec, metric, to_raw
+from tests.helpers import REPOSITORY, TINY, few_textiles, make_mvtec, metric, to_raw
 
 pytestmark = [pytest.mark.command, pytest.mark.slow]
 
@@ -211,9 +216,17 @@ def test_benchmark(name: str, folder: Path, trained: str, tmp_path: Path, anomal
     assert table[["image_AUROC", "image_AveragePrecision", "pixel_AUROC", "pixel_AUPRO"]].notna().all(axis=None)
 
 
-def test_two_processes(tmp_path: Path, mvtec: Path, visa: Path, anomalib_command: Callable[..., str]) -> None:
-    """Lightning's own strategy divides the images; the checkpoint is one that a single process reads."""
-    model = {"backbone": "vit_tiny_patch16_224", "pre_trained": False, "layers": [3], "image_size": 64}
+SEVERAL = ["--trainer.accelerator", "cpu", "--trainer.strategy", "ddp"]
+
+
+@pytest.fixture(scope="module")
+def two_processes(
+    tmp_path_factory: pytest.TempPathFactory, mvtec: Path, visa: Path, anomalib_command: Callable[..., str]
+) -> tuple[Path, str]:
+    """A folder in which two processes of one machine have trained, started by Lightning, and what they printed."""
+    folder = tmp_path_factory.mktemp("processes")
+    save_file(timm.create_model(TINY, num_classes=0).state_dict(), folder / "weights.safetensors")
+    model = {"backbone": TINY, "weights": str(folder / "weights.safetensors"), "layers": [3], "image_size": 64}
     model |= {"num_atoms": 64, "k": 8, "sae_epochs": 2, "guide_epochs": 3, "seed": 0}
     model |= {"visualizer": {"class_path": "anomalib_spg.ExplanationVisualizer", "init_args": {"explain": "all"}}}
     data = {"auxiliary": "MVTecAD", "auxiliary_args": {"root": str(mvtec)}, "auxiliary_categories": ["brick", "grass"]}
@@ -222,22 +235,62 @@ def test_two_processes(tmp_path: Path, mvtec: Path, visa: Path, anomalib_command
         "model": {"class_path": "SPG", "init_args": model},
         "data": {"class_path": "anomalib_spg.AuxiliaryTarget", "init_args": data},
     }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    several = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    printed = anomalib_command("train", "--config", "config.yaml", *several, folder=tmp_path, OMP_NUM_THREADS="1")
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    arguments = ["train", "--config", "config.yaml", *SEVERAL, "--trainer.devices", "2"]
+    return folder, anomalib_command(*arguments, folder=folder, OMP_NUM_THREADS="1")
+
+
+def test_two_processes(two_processes: tuple[Path, str], visa: Path, anomalib_command: Callable[..., str]) -> None:
+    """Lightning's own strategy divides the images; the checkpoint is one that a single process reads."""
+    folder, printed = two_processes
     # 16 labelled images, 8 for each process
     assert len(re.findall(r"INFO - SPG learns from labelled images: 8 passes", printed)) == 2
     # anomalib makes a versioned folder in each process; the first one's is written to
-    weights = tmp_path / "results/SPG/MVTecAD_to_Visa/gravel/v0/weights"
+    weights = folder / "results/SPG/MVTecAD_to_Visa/gravel/v0/weights"
     assert (weights / "guides.safetensors").is_file()
     records = json.loads((weights.parent / "explanations" / "explanations.json").read_text())["images"]
     tested = {path.stem for path in (visa / "visa_pytorch" / "gravel" / "test").rglob("*.*")}
     assert sorted(Path(record["path"]).stem for record in records) == sorted(tested)
     alone = ["--trainer.accelerator", "cpu", "--ckpt_path", weights / "lightning/model.ckpt"]
-    again = anomalib_command("test", "--config", "config.yaml", *alone, folder=tmp_path)
+    again = anomalib_command("test", "--config", "config.yaml", *alone, folder=folder)
 
     for name in ("image_AUROC", "pixel_AUROC"):
         assert metric(printed, name) == pytest.approx(metric(again, name), abs=1e-4)
+
+
+def test_two_nodes(two_processes: tuple[Path, str], tmp_path: Path) -> None:
+    """The README's line, once for each node, gives the guides that two processes of one node give."""
+    folder = two_processes[0]
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "trainer": {"limit_test_batches": 1}}))
+    scripts = Path(sys.executable).parent
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    line = f"--nnodes 2 --nproc_per_node 1 --master_addr 127.0.0.1 --master_port {port} --node_rank"
+    train = ["train", "--config", "config.yaml", *SEVERAL, "--trainer.num_nodes", "2", "--trainer.devices", "1"]
+    nodes = [
+        subprocess.Popen(
+            [scripts / "torchrun", *line.split(), str(rank), scripts / "anomalib", *train],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        with ThreadPoolExecutor() as pool:  # neither may wait for the other's output to be read
+            printed = list(pool.map(lambda node: node.communicate(timeout=600)[0], nodes))
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], printed
+    assert ["Guides saved to" in text for text in printed] == [True, False]
+    (one, two) = (load_file(next(path.rglob("guides.safetensors"))) for path in (folder, tmp_path))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.parametrize(

@@ -251,6 +251,8 @@ NAN = torch.full((4, 3), float("nan"))
         ({}, {"temperature": '"warm"'}, "temperature='warm'"),
         ({}, {"backbone": "3"}, "backbone=3"),
         ({}, {"settings": "[]"}, r"settings=\[\]"),
+        ({}, {"versions": '["1.0"]'}, r"versions=\['1.0'\]"),
+        ({}, {"versions": '{"timm": 1.0}'}, r"versions=\{'timm': 1.0\}"),
         ({}, {"version": None}, "guides format None"),
     ],
 )

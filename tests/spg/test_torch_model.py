@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from scipy.ndimage import gaussian_filter
 
-from anomalib_spg import GuideSettings, SPGModel
+from anomalib_spg import SPG, GuideSettings, SPGModel
 from anomalib_spg.components.backbone import Tokens
+from anomalib_spg.guides import save_guides
 from anomalib_spg.token_store import memory_need
 from tests.helpers import TINY
 
@@ -147,6 +149,30 @@ def test_guides_file_is_zero_shot(tmp_path: Path) -> None:
     other.backbone.load_state_dict(model.backbone.state_dict())
     images = torch.randn(2, 3, 64, 64)
     assert torch.equal(other.eval()(images).anomaly_map, model(images).anomaly_map)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "warned"),
+    [("1.0.99", False), (None, False), ("1.1.0", True), ("0.9.16", True), ("2.0.0.dev0", True)],
+)
+def test_guides_of_another_timm_are_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    recorded: str | None,
+    warned: bool,
+) -> None:
+    """One of another major or minor number, once; old files that do not record it say nothing."""
+    model = fitted()
+    metadata = {**model.metadata(), "versions": {"timm": recorded}}
+    if recorded is None:
+        del metadata["versions"]
+    path = save_guides(tmp_path / "guides.safetensors", list(model.guides), metadata)
+    monkeypatch.setattr(timm, "__version__", "1.0.31")
+    SPG(guides_file=path, pre_trained=False)
+    messages = [record.message for record in caplog.records if "learned with timm" in record.message]
+    assert len(messages) == warned
+    assert all(f"'{path}' was learned with timm {recorded}, this is timm 1.0.31" in text for text in messages)
 
 
 @pytest.mark.parametrize(
