@@ -16,6 +16,8 @@ from PIL import Image
 
 logger = logging.getLogger(__name__)
 
+_NO_IMAGES = ("anomalib.data.datamodules.depth", "anomalib.data.datamodules.video")
+
 
 class AuxiliaryTarget(AnomalibDataModule):
     """Labelled auxiliary data for training, and target data unseen in training for validation and testing.
@@ -70,23 +72,24 @@ class AuxiliaryTarget(AnomalibDataModule):
             seed=seed,
         )
         self._name = f"{auxiliary}_to_{target}"
-        self.target = _build(target, {**(target_args or {}), "seed": seed})
+        self.target = build_datamodule(target, {**(target_args or {}), "seed": seed})
         self.category = self.target.category
         categories = [auxiliary_categories] if isinstance(auxiliary_categories, str) else auxiliary_categories
         if not categories:
             msg = "auxiliary_categories=[] names no category. Give one or several, or 'all'."
             raise ValueError(msg)
-        accepted = signature(_datamodule_class(auxiliary)).parameters
+        accepted = signature(datamodule_class(auxiliary)).parameters
         arguments = {**(auxiliary_args or {}), "seed": seed}
         if "val_split_mode" in accepted:
             arguments["val_split_mode"] = ValSplitMode.SAME_AS_TEST  # their test set must stay whole
         if "category" not in accepted:
             self.auxiliary_categories = None
-            self.auxiliaries = [_build(auxiliary, arguments)]
+            self.auxiliaries = [build_datamodule(auxiliary, arguments)]
         else:
             self.auxiliary_categories = _all_categories(auxiliary) if categories == ["all"] else list(categories)
             self.auxiliaries = [
-                _build(auxiliary, {**arguments, "category": category}) for category in self.auxiliary_categories
+                build_datamodule(auxiliary, {**arguments, "category": category})
+                for category in self.auxiliary_categories
             ]
 
     @property
@@ -115,9 +118,21 @@ class AuxiliaryTarget(AnomalibDataModule):
         """Nothing to split: the target datamodule has done so."""
 
 
-def _datamodule_class(name: str) -> type[AnomalibDataModule]:
+def datamodule_class(name: str) -> type[AnomalibDataModule]:
+    """Find an image datamodule of anomalib, or of a plugin.
+
+    Args:
+        name (str): Its name in ``anomalib.data``.
+
+    Returns:
+        type[AnomalibDataModule]: The class.
+
+    Raises:
+        ValueError: If there is none; the message names those there are.
+    """
     datamodule = getattr(anomalib.data, name, None)
-    if not (isinstance(datamodule, type) and issubclass(datamodule, AnomalibDataModule)):
+    is_datamodule = isinstance(datamodule, type) and issubclass(datamodule, AnomalibDataModule)
+    if not is_datamodule or datamodule.__module__.startswith(_NO_IMAGES):
         known = sorted(
             name
             for name, value in vars(anomalib.data).items()
@@ -128,8 +143,20 @@ def _datamodule_class(name: str) -> type[AnomalibDataModule]:
     return datamodule
 
 
-def _build(name: str, arguments: dict[str, Any]) -> AnomalibDataModule:
-    datamodule = _datamodule_class(name)
+def build_datamodule(name: str, arguments: dict[str, Any]) -> AnomalibDataModule:
+    """Build an image datamodule of anomalib.
+
+    Args:
+        name (str): Its name in ``anomalib.data``.
+        arguments (dict[str, Any]): Its arguments.
+
+    Returns:
+        AnomalibDataModule: The datamodule, not set up yet.
+
+    Raises:
+        ValueError: If there is none of that name, or the arguments do not fit.
+    """
+    datamodule = datamodule_class(name)
     try:
         return datamodule(**arguments)
     except TypeError as exception:
@@ -139,7 +166,7 @@ def _build(name: str, arguments: dict[str, Any]) -> AnomalibDataModule:
 
 def _all_categories(name: str) -> list[str]:
     """List a dataset's categories, which anomalib keeps in the module of the datamodule's dataset."""
-    datasets = import_module(_datamodule_class(name).__module__.replace(".datamodules.", ".datasets."))
+    datasets = import_module(datamodule_class(name).__module__.replace(".datamodules.", ".datasets."))
     if not hasattr(datasets, "CATEGORIES"):
         msg = f"anomalib does not list the categories of {name}; name them in auxiliary_categories."
         raise ValueError(msg)

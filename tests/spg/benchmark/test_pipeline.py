@@ -23,10 +23,10 @@ from anomalib_spg.benchmark.pipeline import (
     Benchmark,
     BenchmarkJob,
     BenchmarkJobGenerator,
-    _append_row,
     expand,
     main,
 )
+from anomalib_spg.benchmark.results import append_row
 from tests.helpers import REPOSITORY, fake_distribution
 
 SPG = {"backbone": "vit_tiny_patch16_224", "pre_trained": False, "layers": [2], "image_size": 64}
@@ -317,26 +317,26 @@ def test_mistakes_in_the_config_are_named(
         main()
 
 
-def append(together: Any, rank: int, path: Path, rows: int) -> None:
+def append(together: Any, rank: int, output: Path, rows: int) -> None:
     """What one of two runs writes: every third job is one of the other run's, too."""
     together.wait()
     for number in range(rows):
         job = f"both {number}" if number % 3 == 0 else f"{rank} {number}"
-        _append_row(path, {"job": job, f"metric {rank}": number / 7})
+        append_row(output, {"job": job, f"metric {rank}": number / 7})
 
 
 @pytest.mark.command
 def test_two_runs_with_one_output(tmp_path: Path) -> None:
     """Two processes write results at the same time: no row is lost, none is there twice."""
-    path, rows = tmp_path / "run" / "results.csv", 60
+    output, rows = tmp_path / "run", 60
     context = multiprocessing.get_context("spawn")
     together = context.Barrier(2, timeout=120)
-    other = context.Process(target=append, args=(together, 1, path, rows))
+    other = context.Process(target=append, args=(together, 1, output, rows))
     other.start()
-    append(together, 0, path, rows)
+    append(together, 0, output, rows)
     other.join()
     assert other.exitcode == 0
-    jobs = pd.read_csv(path).job.tolist()
+    jobs = pd.read_csv(output / "results.csv").job.tolist()
     expected = {f"{rank} {number}" for rank in range(2) for number in range(rows) if number % 3}
     assert sorted(jobs) == sorted(expected | {f"both {number}" for number in range(0, rows, 3)})
 
