@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from anomalib.data import AnomalibDataModule
-from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 
 from .components.lightning import check_seed
 from .components.normal_images import draw_normal_images
-from .datamodule import build_datamodule
+from .datamodule import build_datamodule, check_tested_images, set_up, tested_images
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +88,7 @@ class FewShot(AnomalibDataModule):
         self.target.prepare_data()
 
     def _setup(self, stage: str | None = None) -> None:
-        self.target.setup(stage)
+        set_up(self.target, stage)
         training_set = getattr(self.target, "train_data", None)
         if training_set is None:
             msg = f"Datamodule {self.name} has no training set to draw normal images from. Choose another target."
@@ -98,9 +97,10 @@ class FewShot(AnomalibDataModule):
         self.train_data, self.normal_images = draw_normal_images(  # type: ignore[assignment]  # not from a folder
             training_set, self.k_shot, name=self.name, seed=seed
         )
-        for subset in ("val_data", "test_data"):
-            if hasattr(self.target, subset):  # it may have none: val_split_mode="none"
-                setattr(self, subset, getattr(self.target, subset))
+        if hasattr(self.target, "val_data"):  # it may have none: val_split_mode="none"
+            self.val_data = self.target.val_data
+        self.test_data = tested_images(self.target)
+        check_tested_images(self.test_data, self.name)
         logger.info(
             "FewShot: %d of the %d training images of %s %s, drawn with seed %d: %s",
             len(self.normal_images),
@@ -116,10 +116,6 @@ class FewShot(AnomalibDataModule):
 
     def _create_val_split(self) -> None:
         """Nothing to split: the target datamodule has done so."""
-
-    def test_dataloader(self) -> EVAL_DATALOADERS:
-        """Make the target's own dataloader: MVTec AD 2, for one, has several test sets to choose from."""
-        return self.target.test_dataloader()
 
 
 def _build(target: str | AnomalibDataModule | Mapping[str, Any], arguments: Mapping[str, Any] | None) -> Any:  # noqa: ANN401

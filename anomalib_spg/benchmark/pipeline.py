@@ -67,7 +67,6 @@ _GUIDE_ARGUMENTS = {
     *(field.name for field in dataclasses.fields(GuideSettings)),
     *("views", "hold_out", "seed", "temperature", "pre_processor"),
 }
-_NOT_LEARNED_FROM = ("eval_batch_size", "num_workers")
 
 
 class BenchmarkJob(Job):
@@ -367,9 +366,8 @@ def training_config(config: dict[str, Any]) -> dict[str, Any] | None:
     if config["model"]["class_path"].split(".")[-1] != "SPG" or arguments.get("guides_file"):
         return None
     data = {"class_path": config["data"]["class_path"], **config["data"].get("init_args", {})}
-    unused = _NOT_LEARNED_FROM
-    if data["class_path"].split(".")[-1] == "AuxiliaryTarget":
-        unused += ("target", "target_args")
+    is_transfer = data["class_path"].split(".")[-1] == "AuxiliaryTarget"
+    unused = {"eval_batch_size", "num_workers"} | ({"target", "target_args"} if is_transfer else set())
     trainer = {name: value for name, value in config["model"].items() if name == "trainer"}
     return {
         "seed": config["seed"],

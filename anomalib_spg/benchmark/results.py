@@ -9,7 +9,8 @@ columns ``versions.*`` say what computed them, and ``configs``, by file name, th
 import json
 import math
 import platform
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ def versions() -> dict[str, str]:
     Returns:
         dict[str, str]: By column of the results, ``versions.torch`` for instance.
     """
-    return {
-        "versions.python": platform.python_version(),
-        **{f"versions.{name}": version(name) for name in _PACKAGES},
-    }
+    found = {"versions.python": platform.python_version()}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):  # a source tree on the path is not installed
+            found[f"versions.{name}"] = version(name)
+    return found
 
 
 def read_rows(output: Path) -> list[dict[str, str]]:

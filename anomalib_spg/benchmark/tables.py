@@ -28,8 +28,9 @@ METRICS = {
 }
 # Where a dataset and a category stand, the first that is there; names of folders count as categories.
 _DATASETS = ("init_args.target", "init_args.target.class_path", "class_path")
-_CATEGORIES = ("target_args.category", "target.init_args.category", "category")
-_CATEGORIES += ("target_args.name", "target.init_args.name", "name")
+_CATEGORIES = tuple(
+    f"{part}{name}" for name in ("category", "name") for part in ("target_args.", "target.init_args.", "")
+)
 _SEEDS = ("seed", "model.init_args.seed", "data.init_args.seed")
 # Settings that do not define a method: what is tested on, where it lies, how it is read.
 _NO_METHOD = {"class_path", "category", "name", "target", "root", "eval_batch_size", "num_workers", "seed"}
@@ -147,12 +148,12 @@ def make_tables(results: pd.DataFrame) -> Iterator[Table]:
         for method, group in rows.groupby("method", sort=False):
             expected = len(categories) * len(group["seed"].unique())
             if len(group) < expected:
-                missing |= {(method, metric) for metric in METRICS}
+                missing |= {(str(method), metric) for metric in METRICS}
                 notes.append(f"{method}: {expected - len(group)} of {expected} results are missing.")
             for metric, name in METRICS.items():
                 without = int(group[metric].isna().sum())  # an older run may have measured less
                 if 0 < without < len(group):
-                    missing.add((method, metric))
+                    missing.add((str(method), metric))
                     notes.append(f"{method}: {without} of {len(group)} results have no {name}.")
         if notes:
             notes.append(

@@ -92,7 +92,7 @@ def benchmark_evaluator() -> Evaluator:
         >>> names[-3:]
         ['image_F1Max', 'pixel_AveragePrecision', 'pixel_F1Max']
     """
-    best = [
+    best: list[Any] = [
         F1Max(fields=_IMAGE, prefix="image_"),
         AveragePrecision(fields=_PIXEL, prefix="pixel_", strict=False),
         F1Max(fields=_PIXEL, prefix="pixel_", strict=False),
@@ -103,7 +103,7 @@ def benchmark_evaluator() -> Evaluator:
     return Evaluator(test_metrics=[*_default_metrics(), *best])
 
 
-def _default_metrics() -> list[AnomalibMetric]:
+def _default_metrics() -> list[Any]:
     label, mask = ["pred_label", "gt_label"], ["pred_mask", "gt_mask"]
     return [
         AUROC(fields=_IMAGE, prefix="image_"),

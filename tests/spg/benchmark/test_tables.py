@@ -44,9 +44,9 @@ def test_means_and_deviations(tmp_path: Path) -> None:
     summary = tables(write(tmp_path / "results.csv"))["MVTecAD, mean over 2 categories"]
     assert summary.header == ["method", *METRICS.values()]
     assert summary.rows == [
-        ["LAKE, k_shot=1", "87.5 ± 3.5", NONE, NONE, "50.0 ± 0.0"],
-        ["LAKE, k_shot=4", "95.0", NONE, NONE, "75.0"],
-        ["Patchcore", "75.0", NONE, NONE, NONE],
+        ["LAKE, k_shot=1", "87.5 ± 3.5", *[NONE] * 5, "50.0 ± 0.0"],
+        ["LAKE, k_shot=4", "95.0", *[NONE] * 5, "75.0"],
+        ["Patchcore", "75.0", *[NONE] * 6],
     ]
     assert not summary.note
 
@@ -78,7 +78,7 @@ def test_several_files_and_datasets(tmp_path: Path) -> None:
     first = write(tmp_path / "a.csv")
     second = write(tmp_path / "b.csv", "0,LAKE,4,MVTecAD,01,0.5,0.7\n0,LAKE,4,Visa,candle,0.6,0.7\n")
     made = {table.title: table for table in make_tables(read_results(first, second))}
-    assert made["Visa, candle"].rows == [["LAKE", "60.0", NONE, NONE, "70.0"]]
+    assert made["Visa, candle"].rows == [["LAKE", "60.0", *[NONE] * 5, "70.0"]]
     assert made["MVTecAD, image AUROC"].rows[0] == ["01", "93.0 ± 4.2", "50.0", "70.0"]
 
 
@@ -112,8 +112,8 @@ def test_fifteen_categories_stay_readable(tmp_path: Path) -> None:
 def test_latex_is_a_whole_document_part(tmp_path: Path) -> None:
     """Signs that mean something to LaTeX are escaped, rows end, environments close."""
     text = results_table(read_results(write(tmp_path / "results.csv")), "latex")
-    assert r"LAKE, k\_shot=1 & 87.5 $\pm$ 3.5 & -- & -- & 50.0 $\pm$ 0.0 \\" in text
-    assert text.count(r"\begin{tabular}{lrrrr}") == 1
+    assert r"LAKE, k\_shot=1 & 87.5 $\pm$ 3.5 & -- & -- & -- & -- & -- & 50.0 $\pm$ 0.0 \\" in text
+    assert text.count(r"\begin{tabular}{lrrrrrrr}") == 1
     assert text.count(r"\end{table}") == 3
     assert r"50\% \& a\{b\}" in to_latex(Table("50% & a{b}", ["x"], []))
 
