@@ -75,7 +75,8 @@ def check(config: dict[str, Any], kind: str) -> None:
     assert arguments.get("root", "./datasets").startswith(("./datasets", "quickstart/"))
     for argument in ("backbone", "encoder_name"):
         backbone = arguments.get(argument)
-        assert backbone in {None, "local-dir:quickstart/vit_small_patch14_dinov2"} or timm.is_model(backbone)
+        local = {None, "local-dir:quickstart/vit_small_patch14_dinov2"}
+        assert backbone in {*local, "dinov2_vit_small_14"} or timm.is_model(backbone)  # the last is FoundAD's own name
     assert arguments.get("weights") in {None, "quickstart/dinov2_vits14.safetensors"}
     for part in ("auxiliary", "target"):
         if part in arguments:

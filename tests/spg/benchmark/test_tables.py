@@ -73,6 +73,33 @@ def test_missing_results_are_counted(tmp_path: Path) -> None:
     assert "Patchcore" not in summary.note
 
 
+def test_metrics_that_older_rows_lack_are_counted(tmp_path: Path) -> None:
+    """A mean over the rows that have a metric is marked, and only that one."""
+    header = HEADER.rstrip("\n") + ",pixel_F1Max\n"
+    rows = "0,LAKE,1,MVTecAD,01,0.9,0.5,\n0,LAKE,1,MVTecAD,02,0.8,0.5,0.3\n"
+    summary = tables(write(tmp_path / "results.csv", rows, header))["MVTecAD, mean over 2 categories"]
+    assert summary.rows == [["LAKE", "85.0", NONE, NONE, NONE, NONE, "30.0*", "50.0"]]
+    assert "LAKE: 1 of 2 results have no pixel F1-max." in summary.note
+
+
+def test_few_shot_names_the_dataset_it_draws_from(tmp_path: Path) -> None:
+    """Beside runs on all images, however the dataset was given; folders by their name."""
+    header = (
+        "seed,model.class_path,data.class_path,data.init_args.category,data.init_args.k_shot,data.init_args.target,"
+    )
+    header += "data.init_args.target_args.category,data.init_args.target.class_path,"
+    header += "data.init_args.target.init_args.category,data.init_args.target_args.name,image_AUROC\n"
+    rows = "0,Patchcore,Visa,candle,,,,,,,0.9\n0,Patchcore,FewShot,,4,Visa,candle,,,,0.7\n"
+    rows += "0,Patchcore,FewShot,,1,,,anomalib.data.Visa,candle,,0.6\n0,Patchcore,FewShot,,1,Folder,,,,vad,0.5\n"
+    made = tables(write(tmp_path / "results.csv", rows, header))
+    assert [row[:2] for row in made["Visa, candle"].rows] == [
+        ["Patchcore", "90.0"],
+        ["Patchcore, k_shot=4", "70.0"],
+        ["Patchcore, k_shot=1", "60.0"],
+    ]
+    assert made["Folder, vad"].rows[0][:2] == ["Patchcore", "50.0"]
+
+
 def test_several_files_and_datasets(tmp_path: Path) -> None:
     """Other files add datasets and methods; the later one counts where both have the same result."""
     first = write(tmp_path / "a.csv")
