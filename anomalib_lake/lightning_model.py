@@ -23,6 +23,7 @@ from torch import nn
 from anomalib_spg.components.backbone import Tokens
 from anomalib_spg.components.held_out import ENOUGH, MOST, choose, good_validation_images
 from anomalib_spg.components.lightning import FrozenBackboneMixin, check_seed
+from anomalib_spg.components.normal_images import draw_normal_images, image_labels
 from anomalib_spg.components.post_processor import GoodPartsPostProcessor
 from anomalib_spg.components.threshold import Prior
 from anomalib_spg.explanations.examples import Examples
@@ -31,7 +32,6 @@ from anomalib_spg.explanations.explanation import Explanation
 from .explain import explain
 from .figures import plot_neurons
 from .neurons import Normalization, Selection
-from .normal_images import draw_normal_images, image_labels
 from .text import prompts
 from .torch_model import DEFAULT_BACKBONE, LAKEModel
 

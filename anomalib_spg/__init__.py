@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .components.raw_scores import RawScorePostProcessor
     from .datamodule import AuxiliaryTarget
     from .explanations.visualizer import ExplanationVisualizer
+    from .few_shot import FewShot
     from .lightning_model import SPG
     from .settings import GuideSettings
     from .torch_model import SPGModel
@@ -24,6 +25,7 @@ __all__ = [
     "SPG",
     "AuxiliaryTarget",
     "ExplanationVisualizer",
+    "FewShot",
     "GoodPartsPostProcessor",
     "GuideSettings",
     "RawScorePostProcessor",
@@ -39,6 +41,7 @@ _MODULES = {
     "GoodPartsPostProcessor": "components.post_processor",
     "RawScorePostProcessor": "components.raw_scores",
     "AuxiliaryTarget": "datamodule",
+    "FewShot": "few_shot",
     "ExplanationVisualizer": "explanations.visualizer",
 }
 

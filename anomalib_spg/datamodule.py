@@ -3,6 +3,7 @@
 """Train on the labelled images of one dataset, validate and test on another."""
 
 import logging
+from contextlib import nullcontext
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -10,11 +11,14 @@ from typing import Any
 
 import anomalib.data
 import pandas as pd
+from anomalib import TaskType
 from anomalib.data import AnomalibDataModule, AnomalibDataset
-from anomalib.data.utils import LabelName, ValSplitMode
+from anomalib.data.utils import LabelName, TestSplitMode, ValSplitMode
 from PIL import Image
 
 logger = logging.getLogger(__name__)
+
+_OTHERS = tuple(f"anomalib.data.datamodules.{kind}" for kind in ("base", "depth", "video"))
 
 
 class AuxiliaryTarget(AnomalibDataModule):
@@ -70,23 +74,26 @@ class AuxiliaryTarget(AnomalibDataModule):
             seed=seed,
         )
         self._name = f"{auxiliary}_to_{target}"
-        self.target = _build(target, {**(target_args or {}), "seed": seed})
+        self.target = build_datamodule(target, {**(target_args or {}), "seed": seed})
         self.category = self.target.category
         categories = [auxiliary_categories] if isinstance(auxiliary_categories, str) else auxiliary_categories
         if not categories:
             msg = "auxiliary_categories=[] names no category. Give one or several, or 'all'."
             raise ValueError(msg)
-        accepted = signature(_datamodule_class(auxiliary)).parameters
+        accepted = signature(datamodule_class(auxiliary)).parameters
         arguments = {**(auxiliary_args or {}), "seed": seed}
         if "val_split_mode" in accepted:
             arguments["val_split_mode"] = ValSplitMode.SAME_AS_TEST  # their test set must stay whole
+        if "test_split_mode" in accepted:
+            arguments.setdefault("test_split_mode", TestSplitMode.FROM_DIR)  # RealIAD's default drops the good images
         if "category" not in accepted:
             self.auxiliary_categories = None
-            self.auxiliaries = [_build(auxiliary, arguments)]
+            self.auxiliaries = [build_datamodule(auxiliary, arguments)]
         else:
             self.auxiliary_categories = _all_categories(auxiliary) if categories == ["all"] else list(categories)
             self.auxiliaries = [
-                _build(auxiliary, {**arguments, "category": category}) for category in self.auxiliary_categories
+                build_datamodule(auxiliary, {**arguments, "category": category})
+                for category in self.auxiliary_categories
             ]
 
     @property
@@ -101,12 +108,13 @@ class AuxiliaryTarget(AnomalibDataModule):
 
     def _setup(self, _stage: str | None = None) -> None:
         for datamodule in [*self.auxiliaries, self.target]:
-            datamodule.setup()
-        self.train_data = _concatenate([datamodule.test_data for datamodule in self.auxiliaries])
+            set_up(datamodule)
+        self.train_data = _concatenate([tested_images(datamodule) for datamodule in self.auxiliaries])
         _check(self.train_data)
         if hasattr(self.target, "val_data"):  # a target may have none: val_split_mode="none"
             self.val_data = self.target.val_data
-        self.test_data = self.target.test_data
+        self.test_data = tested_images(self.target)
+        check_tested_images(self.test_data, self.target.name)
 
     def _create_test_split(self) -> None:
         """Nothing to split: the target datamodule has done so."""
@@ -115,21 +123,44 @@ class AuxiliaryTarget(AnomalibDataModule):
         """Nothing to split: the target datamodule has done so."""
 
 
-def _datamodule_class(name: str) -> type[AnomalibDataModule]:
-    datamodule = getattr(anomalib.data, name, None)
-    if not (isinstance(datamodule, type) and issubclass(datamodule, AnomalibDataModule)):
-        known = sorted(
-            name
-            for name, value in vars(anomalib.data).items()
-            if isinstance(value, type) and value.__module__.startswith("anomalib.data.datamodules.image")
-        )
-        msg = f"anomalib has no image datamodule '{name}'. Choose one of {', '.join(known)}."
-        raise ValueError(msg)  # noqa: TRY004  # a wrong name, not a wrong type
-    return datamodule
+def datamodule_class(name: str) -> type[AnomalibDataModule]:
+    """Find an image datamodule of anomalib, or of a plugin.
+
+    Args:
+        name (str): Its name in ``anomalib.data``.
+
+    Returns:
+        type[AnomalibDataModule]: The class.
+
+    Raises:
+        ValueError: If there is none; the message names those there are.
+    """
+    classes = {key: value for key, value in vars(anomalib.data).items() if isinstance(value, type)}
+    known = {
+        key: value
+        for key, value in classes.items()
+        if issubclass(value, AnomalibDataModule) and not value.__module__.startswith(_OTHERS)
+    }
+    if name not in known:
+        msg = f"anomalib has no image datamodule '{name}'. Choose one of {', '.join(sorted(known))}."
+        raise ValueError(msg)
+    return known[name]
 
 
-def _build(name: str, arguments: dict[str, Any]) -> AnomalibDataModule:
-    datamodule = _datamodule_class(name)
+def build_datamodule(name: str, arguments: dict[str, Any]) -> AnomalibDataModule:
+    """Build an image datamodule of anomalib.
+
+    Args:
+        name (str): Its name in ``anomalib.data``.
+        arguments (dict[str, Any]): Its arguments.
+
+    Returns:
+        AnomalibDataModule: The datamodule, not set up yet.
+
+    Raises:
+        ValueError: If there is none of that name, or the arguments do not fit.
+    """
+    datamodule = datamodule_class(name)
     try:
         return datamodule(**arguments)
     except TypeError as exception:
@@ -137,9 +168,57 @@ def _build(name: str, arguments: dict[str, Any]) -> AnomalibDataModule:
         raise ValueError(msg) from exception
 
 
+def set_up(datamodule: AnomalibDataModule, stage: str | None = None) -> None:
+    """Set up a datamodule, also with pandas 3.
+
+    There a column of texts has a type of its own, which takes neither lists nor ``None`` and equals no member of an
+    enumeration: anomalib 2.7 would find no image of AutoVI and fail on MVTec LOCO and MVTec AD 2.
+
+    Args:
+        datamodule (AnomalibDataModule): Datamodule.
+        stage (str | None): Stage of the trainer.
+    """
+    as_objects = pd.option_context({"future.infer_string": False}) if pd.__version__ >= "3" else nullcontext()
+    with as_objects:
+        datamodule.setup(stage)
+
+
+def tested_images(datamodule: AnomalibDataModule) -> AnomalibDataset:
+    """Tell what a datamodule tests on: MVTec AD 2 has several test sets, and keeps no good image in ``test_data``.
+
+    Args:
+        datamodule (AnomalibDataModule): Datamodule after its set-up.
+
+    Returns:
+        AnomalibDataset: The dataset of its dataloader.
+    """
+    loader: Any = datamodule.test_dataloader()
+    return loader.dataset
+
+
+def check_tested_images(dataset: AnomalibDataset, name: str) -> None:
+    """Say what a test set cannot tell: without good images there is no AUROC, without masks no pixel metric.
+
+    Args:
+        dataset (AnomalibDataset): Test set.
+        name (str): What the datamodule is called.
+    """
+    labels = set(dataset.samples.label_index)
+    if labels == {LabelName.ABNORMAL}:
+        logger.warning(
+            "The test set of %s has no good image, so its image AUROC means nothing. Give the datamodule "
+            "test_split_mode: from_dir, or add good images.",
+            name,
+        )
+    elif labels == {LabelName.UNKNOWN}:
+        logger.warning("The test set of %s has no labels: images can be scored, but there are no metrics.", name)
+    if LabelName.ABNORMAL in labels and dataset.task == TaskType.CLASSIFICATION:
+        logger.warning("The test set of %s has no masks: images are scored and rated, pixel metrics left out.", name)
+
+
 def _all_categories(name: str) -> list[str]:
     """List a dataset's categories, which anomalib keeps in the module of the datamodule's dataset."""
-    datasets = import_module(_datamodule_class(name).__module__.replace(".datamodules.", ".datasets."))
+    datasets = import_module(datamodule_class(name).__module__.replace(".datamodules.", ".datasets."))
     if not hasattr(datasets, "CATEGORIES"):
         msg = f"anomalib does not list the categories of {name}; name them in auxiliary_categories."
         raise ValueError(msg)
@@ -163,8 +242,15 @@ def _check(dataset: AnomalibDataset) -> None:
             msg = f"The auxiliary test set has no {word} image among its {len(samples)}; the guides need both kinds."
             raise ValueError(msg)
     anomalous = samples[samples.label_index == LabelName.ABNORMAL]
-    masks = anomalous.get("mask_path", pd.Series("", index=anomalous.index)).fillna("")
-    without = anomalous[[not mask or not Path(mask).is_file() for mask in masks]]
+    found = anomalous.get("mask_path", pd.Series("", index=anomalous.index)).fillna("")
+    masks = [mask if isinstance(mask, list) else [mask] for mask in found]  # MVTec LOCO has several for an image
+    without = anomalous[[not all(mask and Path(mask).is_file() for mask in several) for several in masks]]
+    if len(without) == len(anomalous):
+        msg = (
+            f"None of the {len(without)} anomalous auxiliary images has a mask, the first is "
+            f"'{without.image_path.iloc[0]}'. The guides are learned from masks, so this dataset can be a target only."
+        )
+        raise ValueError(msg)
     if len(without):
         msg = (
             f"{len(without)} of {len(anomalous)} anomalous auxiliary images have no mask, the first is "
@@ -172,25 +258,30 @@ def _check(dataset: AnomalibDataset) -> None:
         )
         raise ValueError(msg)
     empty = []
-    for image_path, mask_path in zip(anomalous.image_path, masks, strict=True):
-        try:
-            with Image.open(image_path) as image, Image.open(mask_path) as mask:
-                size, mask_size, is_empty = image.size, mask.size, mask.convert("L").getbbox() is None
-        except Exception as exception:  # PIL's decoders raise what they like
-            msg = f"Cannot read image '{image_path}' or its mask '{mask_path}': {exception}. Replace or remove them."
-            raise ValueError(msg) from exception
-        if size != mask_size:
-            msg = (
-                f"Mask '{mask_path}' is {mask_size[0]}x{mask_size[1]} pixels, its image '{image_path}' is "
-                f"{size[0]}x{size[1]}. Masks must have the size of their images."
-            )
-            raise ValueError(msg)
-        if is_empty:
-            empty.append(mask_path)
+    for image_path, several in zip(anomalous.image_path, masks, strict=True):
+        if all([_is_empty(mask, image_path) for mask in several]):  # noqa: C419  # looks at every mask
+            empty.append(several[0])
     if empty:
-        found = f"{len(empty)} of {len(anomalous)} masks of anomalous auxiliary images are empty (all black)"
+        counted = f"{len(empty)} of {len(anomalous)} masks of anomalous auxiliary images are empty (all black)"
         named = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
         if len(empty) == len(anomalous):
-            msg = f"{found}: {named}. The guides are learned from what masks mark: white, or any value above 0."
+            msg = f"{counted}: {named}. The guides are learned from what masks mark: white, or any value above 0."
             raise ValueError(msg)
-        logger.warning("%s, so that the guides learn these defects as normal: %s", found, named)
+        logger.warning("%s, so that the guides learn these defects as normal: %s", counted, named)
+
+
+def _is_empty(mask_path: str, image_path: str) -> bool:
+    """Refuse a mask that cannot be read or has not its image's size; tell whether it is all black."""
+    try:
+        with Image.open(image_path) as image, Image.open(mask_path) as mask:
+            size, mask_size, is_empty = image.size, mask.size, mask.convert("L").getbbox() is None
+    except Exception as exception:  # PIL's decoders raise what they like
+        msg = f"Cannot read image '{image_path}' or its mask '{mask_path}': {exception}. Replace or remove them."
+        raise ValueError(msg) from exception
+    if size != mask_size:
+        msg = (
+            f"Mask '{mask_path}' is {mask_size[0]}x{mask_size[1]} pixels, its image '{image_path}' is "
+            f"{size[0]}x{size[1]}. Masks must have the size of their images."
+        )
+        raise ValueError(msg)
+    return is_empty

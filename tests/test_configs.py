@@ -14,24 +14,27 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from anomalib_lake import LAKE
-from anomalib_spg import SPG, AuxiliaryTarget
+from anomalib_spg import SPG, AuxiliaryTarget, FewShot
 from anomalib_spg.benchmark.pipeline import BenchmarkJob, BenchmarkJobGenerator
 from tests.helpers import REPOSITORY
 
 CONFIGS = REPOSITORY / "configs"
 TRAIN = sorted(CONFIGS.glob("*.yaml"))
 BENCHMARKS = sorted((CONFIGS / "benchmark").glob("*.yaml"))
-CLASSES = {"SPG": SPG, "LAKE": LAKE, "AuxiliaryTarget": AuxiliaryTarget}
+CLASSES = {"SPG": SPG, "LAKE": LAKE, "AuxiliaryTarget": AuxiliaryTarget, "FewShot": FewShot}
 SEEDS = 3
+CATEGORIES = {"MVTecAD2": 8, "RealIAD": 30, "MVTecLOCO": 5, "Kaputt": 10, "MPDD": 6, "AutoVI": 6}
 JOBS = {
+    "datasets_auxiliary": SEEDS * len(CATEGORIES) * 15,
+    "datasets_target": SEEDS * (2 + 1) * (sum(CATEGORIES.values()) + 1),
     "lake_bmad_brain": 4,
     "lake_btad": 4 * 3,
     "lake_mvtecad": 4 * 15,
     "lake_selection": SEEDS * 5 * 15,
     "lake_text_weight": SEEDS * 8 * 15,
     "lake_visa": 4 * 12,
-    "peers_mvtecad": SEEDS * (1 + 2 + 2 + 3 + 1 + 1 + 1) * 15,
-    "peers_visa": SEEDS * (1 + 2 + 2 + 3 + 1 + 1 + 1) * 12,
+    "peers_mvtecad": SEEDS * (2 * 8 + 8 + 1) * 15,
+    "peers_visa": SEEDS * (2 * 8 + 8 + 1) * 12,
     "spg_dictionary": SEEDS * 5 * 3 * 15,
     "spg_guide_top_k": SEEDS * 9 * 15,
     "spg_guides": 15,
@@ -40,10 +43,11 @@ JOBS = {
     "spg_mvtecad_to_visa": SEEDS * 4 * 12,
     "spg_no_dictionary": SEEDS * 2 * 2 * 15,
     "spg_visa_to_mvtecad": SEEDS * 4 * 15,
-    "textures_mvtec_to_visa": SEEDS * (1 + 1 + 2 + 1 + 1) * 3,
-    "textures_visa_to_mvtec": SEEDS * (1 + 1 + 2 + 1 + 1) * 3,
+    "textures_mvtec_to_visa": SEEDS * (1 + 1 + 2 * 5) * 3,
+    "textures_visa_to_mvtec": SEEDS * (1 + 1 + 2 * 5) * 3,
 }
 TRAININGS = {"spg_visa_to_mvtecad": SEEDS * 4, "spg_mvtecad_to_visa": SEEDS * 4, "spg_image_score": SEEDS}
+TRAININGS |= {"datasets_target": SEEDS, "datasets_auxiliary": SEEDS * len(CATEGORIES)}
 TRAININGS |= {"spg_dictionary": SEEDS * 15, "spg_mvtecad": 15, "textures_visa_to_mvtec": SEEDS * (1 + 3)}
 
 
@@ -67,15 +71,18 @@ def check(config: dict[str, Any], kind: str) -> None:
     cls = CLASSES.get(name) or getattr(import_module(f"anomalib.{kind}"), name)
     arguments = config.get("init_args", {})
     parser(cls).parse_object(arguments)
-    assert set(config) <= {"class_path", "init_args", "image_size"}
+    assert set(config) <= {"class_path", "init_args", "image_size", "trainer"}
     assert arguments.get("root", "./datasets").startswith(("./datasets", "quickstart/"))
     for argument in ("backbone", "encoder_name"):
         backbone = arguments.get(argument)
-        assert backbone in {None, "local-dir:quickstart/vit_small_patch14_dinov2"} or timm.is_model(backbone)
+        local = {None, "local-dir:quickstart/vit_small_patch14_dinov2"}
+        assert backbone in {*local, "dinov2_vit_small_14"} or timm.is_model(backbone)  # the last is FoundAD's own name
     assert arguments.get("weights") in {None, "quickstart/dinov2_vits14.safetensors"}
     for part in ("auxiliary", "target"):
         if part in arguments:
             check({"class_path": arguments[part], "init_args": arguments[f"{part}_args"]}, "data")
+    if set(config.get("trainer", ())) - {"max_epochs", "max_steps"}:
+        pytest.fail(f"{config['trainer']} is more than how long to train")
     if "category" in arguments and "textures" not in arguments["root"]:
         module = cls.__module__.replace(".datamodules.", ".datasets.")
         assert arguments["category"] in import_module(module).CATEGORIES

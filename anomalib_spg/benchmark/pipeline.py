@@ -7,17 +7,19 @@
 What it does beyond ``anomalib benchmark``:
 
 - Models of all learning types run, and one file may combine models with different arguments and metrics.
-- Every model is evaluated with the same metrics (:func:`anomalib_spg.components.evaluator.default_evaluator`) on the
+- Every model is evaluated with the same metrics (:func:`anomalib_spg.components.evaluator.benchmark_evaluator`) on the
   ranking of its raw scores (:class:`anomalib_spg.components.raw_scores.RawScorePostProcessor`).
 - Every finished job is written to ``<output>/results.csv`` at once, and the same command resumes an interrupted run. A
   failing job is reported, and the others still run. Several runs may write to one folder at the same time.
+  ``<output>/results.json`` holds the same with typed values, the configs and the versions of packages.
 - SPG jobs with the same guides learn them once, into ``<output>/guides``: those that differ only in the target of
   :class:`anomalib_spg.AuxiliaryTarget`, or in arguments that act at inference only.
 
 The config has two extensions: ``benchmark:`` may be a list of blocks, and a ``grid:`` may be nested in an entry of
 another. For models without an argument for the image size, such as anomalib's own, ``image_size:`` goes beside
-``init_args:``. Jobs run one after another on one device, or, with ``--engine ray``, on all GPUs of this machine or of a
-cluster (:mod:`.cluster`).
+``init_args:``; so does ``trainer:``, a section of arguments of Lightning's trainer such as ``max_epochs``, for models
+that do not set them. Jobs run one after another on one device, or, with ``--engine ray``, on all GPUs of this machine
+or of a cluster (:mod:`.cluster`).
 """
 
 import dataclasses
@@ -29,7 +31,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -47,18 +49,18 @@ from anomalib.pipelines.components.base import Pipeline, Runner
 from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
 from anomalib.utils.config import flatten_dict
 from anomalib.utils.logging import LoggerRedirectError, hide_output
-from filelock import FileLock
 from jsonargparse import ArgumentParser, Namespace
 from lightning import seed_everything
 
 from anomalib_spg.components.backbone import Backbone
-from anomalib_spg.components.evaluator import default_evaluator
+from anomalib_spg.components.evaluator import benchmark_evaluator
 from anomalib_spg.components.files import atomic_write
 from anomalib_spg.components.post_processor import GoodPartsPostProcessor
 from anomalib_spg.components.raw_scores import RawScorePostProcessor
 from anomalib_spg.settings import GuideSettings
 
 from .cluster import Cluster, Outcome, Task
+from .results import append_row, read_rows, versions, write_json
 from .tables import identify, read_results, results_table
 
 logger = logging.getLogger(__name__)
@@ -70,7 +72,6 @@ _GUIDE_ARGUMENTS = {
     *(field.name for field in dataclasses.fields(GuideSettings)),
     *("views", "hold_out", "seed", "temperature", "pre_processor"),
 }
-_TARGET_ONLY = ("target", "target_args", "eval_batch_size", "num_workers")
 
 
 class BenchmarkJob(Job):
@@ -111,12 +112,18 @@ class BenchmarkJob(Job):
         start = time.time()
         seed_everything(self.config["seed"], workers=True)
         model, datamodule = self._build_model(), get_datamodule(self.config["data"])
+        trainer = self.config["model"].get("trainer", {})
+        taken = sorted({"accelerator", "devices", "default_root_dir", "callbacks"} & set(trainer))
+        if taken:
+            msg = f"trainer: sets {', '.join(taken)} of {model.name}, which the benchmark sets itself. Leave them out."
+            raise ValueError(msg)
         with TemporaryDirectory() as folder:
             engine = Engine(
                 accelerator=self.accelerator,
                 devices=1,
                 default_root_dir=folder,
                 callbacks=[ModelCheckpoint(save_top_k=0)],  # nobody needs a checkpoint per job
+                **trainer,
             )
             fit_start = time.time()
             engine.fit(model=model, datamodule=datamodule)
@@ -130,7 +137,7 @@ class BenchmarkJob(Job):
         durations = {"job_duration": end - start, "fit_duration": test_start - fit_start}
         durations |= {"test_duration": end - test_start}
         shared = {"guides": self.guides.name} if self.guides else {}
-        return {"job": self.key, **shared, **durations, **self.flat, **metrics}
+        return {"job": self.key, **shared, **durations, **self.flat, **metrics, **versions()}
 
     def _build_model(self) -> AnomalibModule:
         config = self.config["model"]
@@ -139,12 +146,13 @@ class BenchmarkJob(Job):
         model = get_model(config)
         size = config.get("image_size")
         if not isinstance(model.post_processor, GoodPartsPostProcessor):
-            model.post_processor, model.evaluator = RawScorePostProcessor(), default_evaluator()
+            model.post_processor = RawScorePostProcessor()
             if size is not None:
                 model.pre_processor = model.configure_pre_processor(image_size=(size, size))
         elif size is not None:
             msg = f"image_size={size} stands beside init_args, but {model.name} takes it in init_args. Move it there."
             raise ValueError(msg)
+        model.evaluator = benchmark_evaluator()
         model.visualizer = None  # drawing every test image takes longer than some models do
         return model
 
@@ -201,13 +209,20 @@ class ResumingRunner(Runner):
 
     Args:
         generator (BenchmarkJobGenerator): Makes the jobs.
+        configs (dict[str, Any] | None): Where they come from, by the name of the file; goes into ``results.json``.
         cluster (Cluster | None): Where they run; ``None`` runs them here, one after another. Defaults to ``None``.
     """
 
     generator: BenchmarkJobGenerator
 
-    def __init__(self, generator: BenchmarkJobGenerator, cluster: Cluster | None = None) -> None:
+    def __init__(
+        self,
+        generator: BenchmarkJobGenerator,
+        configs: dict[str, Any] | None = None,
+        cluster: Cluster | None = None,
+    ) -> None:
         super().__init__(generator)
+        self.configs = configs or {}
         self.cluster = cluster
 
     def run(self, args: dict | list, prev_stage_results: Any = None) -> pd.DataFrame:  # noqa: ANN401
@@ -224,10 +239,12 @@ class ResumingRunner(Runner):
             RuntimeError: If jobs failed, after the others have run; names them.
         """
         jobs = list(self.generator.generate_jobs(args, prev_stage_results))
-        path = self.generator.output / "results.csv"
-        done = {row["job"] for row in _read_rows(path)}
+        output = self.generator.output
+        settings = {job.key: job.flat for job in jobs}
+        write_json(output, self.configs, settings)  # an older run may have left none
+        done = {row["job"] for row in read_rows(output)}
         todo = [(job, name) for job, name in zip(jobs, names(jobs), strict=True) if job.key not in done]
-        print(f"{len(jobs)} jobs, {len(jobs) - len(todo)} of them in {path} already", flush=True)
+        print(f"{len(jobs)} jobs, {len(jobs) - len(todo)} of them in {output / 'results.csv'} already", flush=True)
         numbers = range(len(jobs) - len(todo) + 1, len(jobs) + 1)
         tasks = [Task(f"[{number}/{len(jobs)}]", name, job) for number, (job, name) in zip(numbers, todo, strict=True)]
         results, failures = [], []
@@ -235,7 +252,8 @@ class ResumingRunner(Runner):
             for task, outcome in outcomes:
                 if outcome.row is not None:
                     results.append(outcome.row)
-                    _append_row(path, outcome.row, [job.key for job in jobs])
+                    append_row(output, outcome.row, list(settings))
+                    write_json(output, self.configs, settings)
                 elif outcome.error:
                     failures.append(task.name)
                 print(f"{task.number} {task.name}: {outcome}" if self.cluster else f"    {outcome}", flush=True)
@@ -278,7 +296,8 @@ class Benchmark(Pipeline):
             if accelerator == "cuda" and not (torch.cuda.is_available() or (cluster and cluster.address)):
                 msg = "accelerator is cuda, but torch finds no CUDA device here. Set accelerator to cpu in the config."
                 raise ValueError(msg)
-        return [ResumingRunner(BenchmarkJobGenerator(accelerators, Path(args["output"])), cluster)]
+        generator = BenchmarkJobGenerator(accelerators, Path(args["output"]))
+        return [ResumingRunner(generator, args["configs"], cluster)]
 
     def run(self, args: Namespace | None = None) -> None:
         """Run what the config says, and print the tables of all results in the output folder.
@@ -297,13 +316,14 @@ class Benchmark(Pipeline):
             msg = f"'{args.config}' needs the sections accelerator and benchmark, as configs of `anomalib benchmark`."
             raise ValueError(msg)
         output = Path(args.output or Path("runs/benchmark") / Path(args.config).stem)
-        runners = self._setup_runners({**config, "output": output, "engine": args.engine, "workers": args.workers})
+        settings = {"output": output, "configs": {Path(args.config).name: config}}
+        runners = self._setup_runners({**config, **settings, "engine": args.engine, "workers": args.workers})
         _log_to(output / "benchmark.log")
         try:
             for runner in runners:
                 runner.run(config["benchmark"])
         finally:
-            if _read_rows(output / "results.csv"):
+            if read_rows(output):
                 print(f"\n{results_table(read_results(output / 'results.csv'))}", flush=True)
 
     @staticmethod
@@ -377,10 +397,13 @@ def training_config(config: dict[str, Any]) -> dict[str, Any] | None:
     if config["model"]["class_path"].split(".")[-1] != "SPG" or arguments.get("guides_file"):
         return None
     data = {"class_path": config["data"]["class_path"], **config["data"].get("init_args", {})}
+    is_transfer = data["class_path"].split(".")[-1] == "AuxiliaryTarget"
+    unused = {"eval_batch_size", "num_workers"} | ({"target", "target_args"} if is_transfer else set())
+    trainer = {name: value for name, value in config["model"].items() if name == "trainer"}
     return {
         "seed": config["seed"],
-        "model": {name: value for name, value in arguments.items() if name in _GUIDE_ARGUMENTS},
-        "data": {name: value for name, value in data.items() if name not in _TARGET_ONLY},
+        "model": {name: value for name, value in arguments.items() if name in _GUIDE_ARGUMENTS} | trainer,
+        "data": {name: value for name, value in data.items() if name not in unused},
     }
 
 
@@ -392,7 +415,7 @@ def names(jobs: list[BenchmarkJob]) -> list[str]:
 
 def _attempt(output: Path, task: Task) -> Outcome:
     """Run a job, unless another run has done it meanwhile."""
-    if any(row["job"] == task.job.key for row in _read_rows(output / "results.csv")):
+    if any(row["job"] == task.job.key for row in read_rows(output)):
         return Outcome()
     start = time.time()
     try:
@@ -422,31 +445,6 @@ def _log_to(path: Path) -> None:
 
 def _digest(value: Any) -> str:  # noqa: ANN401
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _read_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of the results as text: pandas would change the numbers of columns with gaps."""
-    if not path.exists():
-        return []
-    rows = pd.read_csv(path, dtype=str, keep_default_na=False)
-    if "job" not in rows:
-        msg = f"'{path}' was not written by anomalib_spg.benchmark (it has no column 'job'). Choose another --output."
-        raise ValueError(msg)
-    return [{str(name): value for name, value in row.items()} for row in rows.to_dict("records")]
-
-
-def _append_row(path: Path, row: dict[str, Any], order: Sequence[str] = ()) -> None:
-    """Add a row, unless there is one of this job, and keep rows in the order of the jobs' keys, others before them."""
-    texts = {name: "" if value is None else str(value) for name, value in row.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):  # another run may have the same output folder
-        rows = _read_rows(path)
-        if any(known["job"] == row["job"] for known in rows):
-            return
-        places = {key: place for place, key in enumerate(order, start=1)}
-        rows = sorted([*rows, texts], key=lambda row: places.get(row["job"], 0))
-        with atomic_write(path) as temporary:
-            BenchmarkJob.collect(rows).to_csv(temporary, index=False)
 
 
 def main() -> None:

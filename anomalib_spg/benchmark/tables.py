@@ -20,12 +20,20 @@ import pandas as pd
 METRICS = {
     "image_AUROC": "image AUROC",
     "image_AveragePrecision": "image AP",
+    "image_F1Max": "image F1-max",
     "pixel_AUROC": "pixel AUROC",
+    "pixel_AveragePrecision": "pixel AP",
+    "pixel_F1Max": "pixel F1-max",
     "pixel_AUPRO": "pixel AUPRO",
 }
+# Where a dataset and a category stand, the first that is there; names of folders count as categories.
+_DATASETS = ("init_args.target", "init_args.target.class_path", "class_path")
+_CATEGORIES = tuple(
+    f"{part}{name}" for name in ("category", "name") for part in ("target_args.", "target.init_args.", "")
+)
 _SEEDS = ("seed", "model.init_args.seed", "data.init_args.seed")
 # Settings that do not define a method: what is tested on, where it lies, how it is read.
-_NO_METHOD = {"class_path", "category", "target", "root", "eval_batch_size", "num_workers", "seed"}
+_NO_METHOD = {"class_path", "category", "name", "target", "root", "eval_batch_size", "num_workers", "seed"}
 _NONE = "\u2013"
 
 
@@ -102,10 +110,8 @@ def identify(frame: pd.DataFrame) -> pd.DataFrame:
 
     auxiliary = first("data.init_args.auxiliary")
     result = pd.DataFrame({
-        "dataset": first("data.init_args.target", "data.class_path").str.split(".").str[-1],
-        "category": first(
-            "data.init_args.target_args.category", "data.init_args.category", "data.init_args.name", default="all"
-        ),
+        "dataset": first(*(f"data.{name}" for name in _DATASETS)).str.split(".").str[-1],
+        "category": first(*(f"data.init_args.{name}" for name in _CATEGORIES), default="all"),
         "method": frame["model.class_path"].str.split(".").str[-1] + (" from " + auxiliary).where(auxiliary != "", ""),
         "seed": frame[[name for name in _SEEDS if name in frame]].agg("/".join, axis=1).str.rstrip("/"),
     })
@@ -137,19 +143,25 @@ def make_tables(results: pd.DataFrame) -> Iterator[Table]:
             for method, group in rows.groupby("method")
             for metric in METRICS
         }
-        missing, notes = set(), []
+        missing: set[tuple[str, str]] = set()
+        notes = []
         for method, group in rows.groupby("method", sort=False):
             expected = len(categories) * len(group["seed"].unique())
             if len(group) < expected:
-                missing.add(method)
+                missing |= {(str(method), metric) for metric in METRICS}
                 notes.append(f"{method}: {expected - len(group)} of {expected} results are missing.")
+            for metric, name in METRICS.items():
+                without = int(group[metric].isna().sum())  # an older run may have measured less
+                if 0 < without < len(group):
+                    missing.add((str(method), metric))
+                    notes.append(f"{method}: {without} of {len(group)} results have no {name}.")
         if notes:
             notes.append(
                 "Means with * are over the seeds that have every category, or else over the categories there are."
             )
         note = " ".join(notes)
         means = {
-            (method, metric): _mean_over_categories(grid) + ("*" if method in missing else "")
+            (method, metric): _mean_over_categories(grid) + ("*" if (method, metric) in missing else "")
             for (method, metric), grid in grids.items()
         }
         count = f"mean over {len(categories)} categories" if len(categories) > 1 else str(categories[0])

@@ -23,7 +23,8 @@ import yaml
 
 from anomalib_spg.benchmark import cluster
 from anomalib_spg.benchmark.cluster import Cluster, Outcome, Task
-from anomalib_spg.benchmark.pipeline import Benchmark, _append_row, main
+from anomalib_spg.benchmark.pipeline import Benchmark, main
+from anomalib_spg.benchmark.results import append_row
 from tests.helpers import REPOSITORY, fake_distribution
 from tests.spg.benchmark.test_pipeline import PATCHCORE, POINTS, SMALL, SPG, ZERO_SHOT, transfer
 
@@ -312,5 +313,5 @@ def test_more_jobs_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_rows_are_in_the_order_of_the_jobs(tmp_path: Path) -> None:
     """Whatever finishes first; rows of other configs stay before them."""
     for job in ("other", "c", "a", "b", "a"):
-        _append_row(tmp_path / "results.csv", {"job": job}, ["a", "b", "c"])
+        append_row(tmp_path, {"job": job}, ["a", "b", "c"])
     assert pd.read_csv(tmp_path / "results.csv").job.tolist() == ["other", "a", "b", "c"]

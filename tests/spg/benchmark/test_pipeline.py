@@ -2,12 +2,14 @@
 
 """The pipeline behind ``python -m anomalib_spg.benchmark``, on tiny data with tiny random backbones."""
 
+import json
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,20 @@ import pandas as pd
 import pytest
 import yaml
 from anomalib.data import MVTecAD
+from anomalib.engine import Engine
 from anomalib.models.image.patchcore.torch_model import PatchcoreModel
+from anomalib.utils.logging import LoggerRedirectError
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from anomalib_spg.benchmark.pipeline import (
     Benchmark,
     BenchmarkJob,
     BenchmarkJobGenerator,
-    _append_row,
     expand,
     main,
 )
+from anomalib_spg.benchmark.results import append_row
+from anomalib_spg.benchmark.tables import METRICS
 from tests.helpers import REPOSITORY, fake_distribution
 
 SPG = {"backbone": "vit_tiny_patch16_224", "pre_trained": False, "layers": [2], "image_size": 64}
@@ -192,10 +197,23 @@ def test_all_models_have_all_metrics(command: Command, finished: tuple[str, pd.D
     """Models with other arguments, and a zero-shot one, in one file; without mangled settings."""
     rows = finished[1]
     assert rows["model.class_path"].tolist() == [*["SPG"] * 4, "Brightness", "Patchcore", "LAKE", "LAKE"]
-    metrics = ["image_AUROC", "image_AveragePrecision", "image_F1Score", "pixel_AUROC", "pixel_AUPRO", "pixel_F1Score"]
+    metrics = [*METRICS, "image_F1Score", "pixel_F1Score"]
     assert rows[metrics].notna().all(axis=None)
     written = pd.read_csv(command.output / "results.csv", dtype=str)
     assert written["model.init_args.k_shot"].tolist()[-2:] == ["1", "2"]
+
+
+@pytest.mark.command
+@pytest.mark.slow
+def test_json_has_the_same_rows(command: Command, finished: tuple[str, pd.DataFrame]) -> None:
+    """Typed, those of the interrupted run too; and the config they come from."""
+    written = json.loads((command.output / "results.json").read_text(encoding="utf-8"))
+    rows = pd.DataFrame(written["rows"])
+    pd.testing.assert_frame_equal(rows[list(METRICS)], finished[1][list(METRICS)], check_dtype=False)
+    assert rows["job"].tolist() == finished[1]["job"].tolist()
+    assert [row.get("model.init_args.k_shot") for row in written["rows"]][-3:] == [None, 1, 2]
+    assert {row["versions.torch"] for row in written["rows"]} == {version("torch")}
+    assert written["configs"] == {"table.yaml": yaml.safe_load((command.folder / "table.yaml").read_text())}
 
 
 @pytest.mark.command
@@ -287,6 +305,13 @@ def test_metrics_are_those_of_raw_scores(mvtec: Path, tmp_path: Path, monkeypatc
     assert row["image_F1Score"] == pytest.approx(best, abs=1e-6)  # validation and test images are the same
     masks = np.stack([resized(item.gt_mask) for item in items])
     assert row["pixel_AUROC"] == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-5)
+    assert row["image_F1Max"] == pytest.approx(best, abs=1e-6)
+    ap = average_precision_score(masks.ravel(), maps.ravel())
+    assert row["pixel_AveragePrecision"] == pytest.approx(ap, abs=1e-5)
+    precision, recall, _ = precision_recall_curve(masks.ravel(), maps.ravel())
+    best = np.max(2 * precision * recall / np.maximum(precision + recall, 1e-9))
+    assert row["pixel_F1Max"] == pytest.approx(best, abs=1e-5)
+    assert row["pixel_AveragePrecision"] != pytest.approx(row["pixel_F1Max"], abs=0.01)
 
 
 def resized(mask: Any) -> np.ndarray:
@@ -317,26 +342,26 @@ def test_mistakes_in_the_config_are_named(
         main()
 
 
-def append(together: Any, rank: int, path: Path, rows: int) -> None:
+def append(together: Any, rank: int, output: Path, rows: int) -> None:
     """What one of two runs writes: every third job is one of the other run's, too."""
     together.wait()
     for number in range(rows):
         job = f"both {number}" if number % 3 == 0 else f"{rank} {number}"
-        _append_row(path, {"job": job, f"metric {rank}": number / 7})
+        append_row(output, {"job": job, f"metric {rank}": number / 7})
 
 
 @pytest.mark.command
 def test_two_runs_with_one_output(tmp_path: Path) -> None:
     """Two processes write results at the same time: no row is lost, none is there twice."""
-    path, rows = tmp_path / "run" / "results.csv", 60
+    output, rows = tmp_path / "run", 60
     context = multiprocessing.get_context("spawn")
     together = context.Barrier(2, timeout=120)
-    other = context.Process(target=append, args=(together, 1, path, rows))
+    other = context.Process(target=append, args=(together, 1, output, rows))
     other.start()
-    append(together, 0, path, rows)
+    append(together, 0, output, rows)
     other.join()
     assert other.exitcode == 0
-    jobs = pd.read_csv(path).job.tolist()
+    jobs = pd.read_csv(output / "results.csv").job.tolist()
     expected = {f"{rank} {number}" for rank in range(2) for number in range(rows) if number % 3}
     assert sorted(jobs) == sorted(expected | {f"both {number}" for number in range(0, rows, 3)})
 
@@ -373,3 +398,30 @@ def test_image_size_belongs_into_our_models_arguments(tmp_path: Path) -> None:
     job = BenchmarkJob("cpu", {"seed": 0, "model": model, "data": {"class_path": "MVTecAD"}}, tmp_path)
     with pytest.raises(ValueError, match="image_size=64 stands beside init_args, but SPG takes it in init_args"):
         job._build_model()
+
+
+def test_trainer_arguments_of_a_model(mvtec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They reach the trainer, tell jobs and guides apart; those that the benchmark sets are refused."""
+    seen = {}
+
+    class Seen(Engine):
+        def fit(self, **_: Any) -> None:
+            seen.update(self._cache.args)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("anomalib_spg.benchmark.pipeline.Engine", Seen)
+    data = {"class_path": "MVTecAD", "init_args": {"root": str(mvtec), "category": "brick", **SMALL}}
+    model = {"class_path": "Patchcore", "init_args": PATCHCORE, "trainer": {"max_epochs": 7}}
+    with pytest.raises(KeyboardInterrupt):
+        BenchmarkJob("cpu", {"seed": 0, "model": model, "data": data}, tmp_path).run()
+    assert (seen["max_epochs"], seen["accelerator"]) == (7, "cpu")
+    model["trainer"] = {"max_epochs": 7, "devices": 2}
+    with pytest.raises(LoggerRedirectError) as error:
+        BenchmarkJob("cpu", {"seed": 0, "model": model, "data": data}, tmp_path).run()
+    assert "trainer: sets devices of Patchcore, which the benchmark sets itself" in str(error.value.__cause__)
+    half = {"class_path": "SPG", "init_args": SPG, "trainer": {"precision": "bf16-mixed"}}
+    jobs = [
+        BenchmarkJob("cpu", {"seed": 0, "model": one, "data": data}, tmp_path)
+        for one in (half, {**half, "trainer": {}})
+    ]
+    assert jobs[0].guides != jobs[1].guides

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from anomalib_spg.benchmark.tables import Table, make_tables, read_results, results_table, to_latex
+from anomalib_spg.benchmark.tables import METRICS, Table, make_tables, read_results, results_table, to_latex
 
 HEADER = (
     "seed,model.class_path,model.init_args.k_shot,data.class_path,data.init_args.category,image_AUROC,pixel_AUPRO\n"
@@ -42,11 +42,11 @@ def tables(path: Path) -> dict[str, Table]:
 def test_means_and_deviations(tmp_path: Path) -> None:
     """Seed 0 has mean 0.85, seed 1 mean 0.90: 87.5, and deviation 0.05 / sqrt(2) = 3.5 %. No metric is a dash."""
     summary = tables(write(tmp_path / "results.csv"))["MVTecAD, mean over 2 categories"]
-    assert summary.header == ["method", "image AUROC", "image AP", "pixel AUROC", "pixel AUPRO"]
+    assert summary.header == ["method", *METRICS.values()]
     assert summary.rows == [
-        ["LAKE, k_shot=1", "87.5 ± 3.5", NONE, NONE, "50.0 ± 0.0"],
-        ["LAKE, k_shot=4", "95.0", NONE, NONE, "75.0"],
-        ["Patchcore", "75.0", NONE, NONE, NONE],
+        ["LAKE, k_shot=1", "87.5 ± 3.5", *[NONE] * 5, "50.0 ± 0.0"],
+        ["LAKE, k_shot=4", "95.0", *[NONE] * 5, "75.0"],
+        ["Patchcore", "75.0", *[NONE] * 6],
     ]
     assert not summary.note
 
@@ -73,12 +73,39 @@ def test_missing_results_are_counted(tmp_path: Path) -> None:
     assert "Patchcore" not in summary.note
 
 
+def test_metrics_that_older_rows_lack_are_counted(tmp_path: Path) -> None:
+    """A mean over the rows that have a metric is marked, and only that one."""
+    header = HEADER.rstrip("\n") + ",pixel_F1Max\n"
+    rows = "0,LAKE,1,MVTecAD,01,0.9,0.5,\n0,LAKE,1,MVTecAD,02,0.8,0.5,0.3\n"
+    summary = tables(write(tmp_path / "results.csv", rows, header))["MVTecAD, mean over 2 categories"]
+    assert summary.rows == [["LAKE", "85.0", NONE, NONE, NONE, NONE, "30.0*", "50.0"]]
+    assert "LAKE: 1 of 2 results have no pixel F1-max." in summary.note
+
+
+def test_few_shot_names_the_dataset_it_draws_from(tmp_path: Path) -> None:
+    """Beside runs on all images, however the dataset was given; folders by their name."""
+    header = (
+        "seed,model.class_path,data.class_path,data.init_args.category,data.init_args.k_shot,data.init_args.target,"
+    )
+    header += "data.init_args.target_args.category,data.init_args.target.class_path,"
+    header += "data.init_args.target.init_args.category,data.init_args.target_args.name,image_AUROC\n"
+    rows = "0,Patchcore,Visa,candle,,,,,,,0.9\n0,Patchcore,FewShot,,4,Visa,candle,,,,0.7\n"
+    rows += "0,Patchcore,FewShot,,1,,,anomalib.data.Visa,candle,,0.6\n0,Patchcore,FewShot,,1,Folder,,,,vad,0.5\n"
+    made = tables(write(tmp_path / "results.csv", rows, header))
+    assert [row[:2] for row in made["Visa, candle"].rows] == [
+        ["Patchcore", "90.0"],
+        ["Patchcore, k_shot=4", "70.0"],
+        ["Patchcore, k_shot=1", "60.0"],
+    ]
+    assert made["Folder, vad"].rows[0][:2] == ["Patchcore", "50.0"]
+
+
 def test_several_files_and_datasets(tmp_path: Path) -> None:
     """Other files add datasets and methods; the later one counts where both have the same result."""
     first = write(tmp_path / "a.csv")
     second = write(tmp_path / "b.csv", "0,LAKE,4,MVTecAD,01,0.5,0.7\n0,LAKE,4,Visa,candle,0.6,0.7\n")
     made = {table.title: table for table in make_tables(read_results(first, second))}
-    assert made["Visa, candle"].rows == [["LAKE", "60.0", NONE, NONE, "70.0"]]
+    assert made["Visa, candle"].rows == [["LAKE", "60.0", *[NONE] * 5, "70.0"]]
     assert made["MVTecAD, image AUROC"].rows[0] == ["01", "93.0 ± 4.2", "50.0", "70.0"]
 
 
@@ -112,8 +139,8 @@ def test_fifteen_categories_stay_readable(tmp_path: Path) -> None:
 def test_latex_is_a_whole_document_part(tmp_path: Path) -> None:
     """Signs that mean something to LaTeX are escaped, rows end, environments close."""
     text = results_table(read_results(write(tmp_path / "results.csv")), "latex")
-    assert r"LAKE, k\_shot=1 & 87.5 $\pm$ 3.5 & -- & -- & 50.0 $\pm$ 0.0 \\" in text
-    assert text.count(r"\begin{tabular}{lrrrr}") == 1
+    assert r"LAKE, k\_shot=1 & 87.5 $\pm$ 3.5 & -- & -- & -- & -- & -- & 50.0 $\pm$ 0.0 \\" in text
+    assert text.count(r"\begin{tabular}{lrrrrrrr}") == 1
     assert text.count(r"\end{table}") == 3
     assert r"50\% \& a\{b\}" in to_latex(Table("50% & a{b}", ["x"], []))
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The few normal images: drawn with the seed, so that only they are ever decoded."""
+"""A few normal images: drawn with the seed, so that only they are ever decoded."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +16,12 @@ def draw_normal_images(
     source: str | Path | None = None,
     transform: Callable | None = None,
     name: str = "the datamodule",
+    seed: int | None = None,
 ) -> tuple[AnomalibDataset | PredictDataset, list[str]]:
     """Draw normal images from a training set, or from a folder.
 
-    The draw depends on the seed and the number of images alone (``torch.initial_seed``), not on what else was drawn
-    before.
+    The draw depends on the seed and the number of images alone, not on what else was drawn before. So everything that
+    draws from the same images with the same seed draws the same ones.
 
     Args:
         dataset (AnomalibDataset): Training set; images labelled anomalous are left aside.
@@ -28,6 +29,7 @@ def draw_normal_images(
         source (str | Path | None): Folder (or file) to draw from instead.
         transform (Callable | None): Transform for the images of that folder.
         name (str): What the training set is called in messages.
+        seed (int | None): Seed of the draw. ``None`` is the process's, ``torch.initial_seed``. Defaults to ``None``.
 
     Returns:
         tuple[AnomalibDataset | PredictDataset, list[str]]: The dataset of the drawn images, and their paths.
@@ -67,7 +69,8 @@ def draw_normal_images(
             f"k_shot={len(normal)} (null for all there are)."
         )
         raise ValueError(msg)
-    order = torch.randperm(len(normal), generator=torch.Generator().manual_seed(torch.initial_seed()))
+    seed = torch.initial_seed() if seed is None else seed
+    order = torch.randperm(len(normal), generator=torch.Generator().manual_seed(seed))
     drawn = sorted(normal[index] for index in order[: k_shot or len(normal)].tolist())
     if source is None:
         return dataset.subsample(drawn), [paths[index] for index in drawn]
