@@ -143,8 +143,8 @@ def lake(
     torch.manual_seed(draw)
     model = LAKEModel(BACKBONE, layers=blocks, scales=scales, bank_size=size, pre_trained=False, **(scoring or {}))
     model.neurons = nn.ModuleList(SensitiveNeurons(**options) for _ in blocks)
-    model._stored = [[images[:, BLOCKS.index(block)].float()] for block in blocks]
-    model._grid, model._size = GRID, (448, 448)
+    for image in images:
+        model.store({block: image[None, BLOCKS.index(block)].float() for block in blocks}, GRID, (448, 448))
     model.fit()
     with torch.inference_mode():
         by_image = ({block: image[None, BLOCKS.index(block)].float() for block in blocks} for image in source.test)
