@@ -271,8 +271,8 @@ def k_center_greedy(tokens: torch.Tensor, size: int) -> tuple[torch.Tensor, floa
     new = torch.zeros(1, dtype=torch.long, device=tokens.device)
     with tqdm(total=size, desc="coreset of the normal patches", unit="patch", delay=3) as progress:
         while True:
-            products = tokens @ tokens[new].T
-            squares = torch.minimum(squares, (lengths[:, None] - 2 * products + lengths[new]).amin(dim=1).clamp(min=0))
+            others = torch.addmm(lengths[new], tokens, tokens[new].T, alpha=-2).amin(dim=1)
+            squares = torch.minimum(squares, (lengths + others).clamp(min=0))
             squares[new] = -1  # never again
             chosen = torch.cat([chosen, new])
             progress.update(len(new))

@@ -221,7 +221,7 @@ class LAKEModel(nn.Module):
         self._size: tuple[int, int] = (0, 0)
 
     def memory_need(self, images: int) -> int:
-        """Memory that learning takes beside the backbone's own.
+        """Memory that learning takes beside the backbone: what is kept, and as much again while it is worked on.
 
         Args:
             images (int): Normal images.
@@ -243,7 +243,7 @@ class LAKEModel(nn.Module):
             of_image = -(-rows // stride_of(scale)) * -(-columns // stride_of(scale))
             tokens = images * of_image if bank.size is None else min(images * of_image, 2 * bank.size + of_image)
             values += len(self.layers) * tokens * kept
-        return 4 * values
+        return 2 * 4 * values
 
     def compare_with_bank_only(self) -> None:
         """Score as the paper does: the distance to the bank alone, and its maximum over patches."""
