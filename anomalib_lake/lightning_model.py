@@ -64,7 +64,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         normalization (Literal["after", "before", "none"]): Bring tokens to unit length after the selection (ours),
             before it, or not at all.
         bank_size (int | None): Most tokens per layer in the bank of single patches; that of windows has room for
-            half as many (of 3x3), a third (of 5x5). ``None`` keeps all. Defaults to 6144 (ours).
+            half as many (of 3x3), a third (of 5x5). ``None`` keeps all. Defaults to 5504 (ours).
         own_weight (float): Weight of a patch's distance to the rest of its own image beside that to the bank, in
             [0, 1]. Defaults to 0.3 (ours); 0 compares with the bank alone (paper).
         top_patches (int): Highest patches whose mean is the image's score. Defaults to 3 (ours); 1 takes the maximum
@@ -121,7 +121,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         num_neurons: int = 100,
         selection: Selection = "variance",
         normalization: Normalization = "after",
-        bank_size: int | None = 6144,
+        bank_size: int | None = 5504,
         own_weight: float = 0.3,
         top_patches: int = 3,
         text_weight: float | None = None,

@@ -131,7 +131,7 @@ def lake(
     draw: int,
     blocks: tuple[int, ...] = DEFAULT,
     scales: tuple[int, ...] = SCALES,
-    size: int | None = 6144,
+    size: int | None = 5504,
     scoring: dict | None = None,
     **options,
 ) -> tuple[float, float]:
@@ -256,7 +256,7 @@ def main() -> None:  # noqa: C901  # a branch for each table
             row(f"unit length: {normalization}", few(4, normalization=normalization))
         for scales in ((1,), (3,), (1, 3), (1, 5), (1, 3, 5)):
             row(f"scales {scales}", few(4, scales=scales))
-        for size in (None, 8192, 6144, 4096):
+        for size in (None, 8192, 5504, 4096):
             row(f"16 shots, bank of {size or 'all 16384'}", few(16, size=size))
     else:
 
