@@ -2,17 +2,23 @@
 
 """Normality bank: normal patch tokens of one layer, and the distance of a patch to the nearest of them."""
 
+import math
+from collections.abc import Sequence
+
 import torch
-from anomalib.models.components import DynamicBufferMixin, KCenterGreedy
+from anomalib.models.components import DynamicBufferMixin
 from einops import rearrange
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
+from tqdm import tqdm
 
 # One normal patch in a hundred exceeds a deviation of 1. The score is a maximum over patches, so the tail of the
 # distances counts; divided by their mean, the scale with the longer tail would dominate the other.
 QUANTILE = 0.99
 # Bank tokens compared at a time: large enough for the matrix product, small enough for the cache.
 CHUNK = 512
+# Farthest tokens that k-center greedy looks at in one go.
+AHEAD = 256
 
 
 class NormalityBank(DynamicBufferMixin, nn.Module):
@@ -21,15 +27,20 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
     Distances are Euclidean. They are divided by the 99 % quantile of the normal patches' leave-one-image-out distances,
     so that 1 means the same for every product, backbone, layer and scale.
 
+    However many images come, no more than twice ``size`` tokens are kept. Whenever there are more, k-center greedy,
+    PatchCore's coreset, reduces them to ``size``. It leaves no token farther than a radius from those it keeps; from
+    then on a token within that radius is not kept, since the bank explains it as well as it does those left out. Where
+    there is room for all tokens, all are kept.
+
     Args:
-        size (int | None): Maximum number of tokens; anomalib's k-center greedy reduces more to a coreset. ``None``
-            keeps all.
+        size (int | None): Maximum number of tokens. ``None`` keeps all.
 
     Attributes:
         tokens (torch.Tensor): Kept tokens ``(M, K)``.
         image_indices (torch.Tensor): Index of the normal image each of them is from ``(M,)``.
         patch_indices (torch.Tensor): Index of the patch in that image ``(M,)``.
         distance_scale (torch.Tensor): The 99 % quantile of the leave-one-image-out distances, a scalar.
+        radius (float): While images are added, the distance up to which a token is not kept; 0 while all are.
 
     Example:
         >>> bank = NormalityBank()
@@ -54,61 +65,101 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
         self.image_indices: torch.Tensor
         self.patch_indices: torch.Tensor
         self.distance_scale: torch.Tensor
+        self.forget()
 
-    def fit(self, tokens: torch.Tensor, grid: tuple[int, int], stride: int = 1) -> torch.Tensor:
-        """Fill the bank.
+    def forget(self) -> None:
+        """Forget the tokens that were added since the last fit."""
+        self.radius = 0.0
+        self._added: list[tuple[torch.Tensor, ...]] = []  # tokens, their images, their patches
+
+    @property
+    def num_added(self) -> int:
+        """Tokens that were added since the last fit and are kept."""
+        return sum(len(rows[0]) for rows in self._added)
+
+    def add(self, tokens: torch.Tensor, numbers: Sequence[int], grid: tuple[int, int], stride: int = 1) -> None:
+        """Take up normal images, one after the other, before :meth:`fit`.
 
         Args:
             tokens (torch.Tensor): Projected patch tokens of the normal images ``(I, N, K)``.
+            numbers (Sequence[int]): Their numbers among the normal images.
             grid (tuple[int, int]): Rows and columns of patches, ``N = rows * columns``.
             stride (int): Keep only the tokens of every ``stride``-th row and column.
+        """
+        kept = kept_patches(grid, stride, tokens.device)
+        for number, image in zip(numbers, tokens[:, kept], strict=True):
+            worth = self._is_worth_keeping(image)
+            self._added.append((image[worth], torch.full_like(kept, number)[worth], kept[worth]))
+            if self.size is not None and self.num_added > 2 * self.size:
+                self._reduce()
+
+    def fit(
+        self,
+        tokens: torch.Tensor,
+        grid: tuple[int, int],
+        stride: int = 1,
+        numbers: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """Fill the bank with the images added before and some more.
+
+        Args:
+            tokens (torch.Tensor): Projected patch tokens of further normal images ``(I, N, K)``.
+            grid (tuple[int, int]): Rows and columns of patches, ``N = rows * columns``.
+            stride (int): Keep only the tokens of every ``stride``-th row and column.
+            numbers (Sequence[int] | None): Their numbers among the normal images. ``None`` counts from 0.
 
         Returns:
-            torch.Tensor: Deviation of each patch of the images in :func:`left_out_images` from the other images
-            ``(J, N)``; of a single image, from its other quarters.
+            torch.Tensor: Deviation of each patch of these images from all the other images ``(I, N)``; of a single
+            image, from its other quarters.
 
         Raises:
             ValueError: If every normal patch has an exact copy in another image, so that the distances vanish.
         """
-        images = len(tokens)
-        kept = kept_patches(grid, stride, tokens.device)
-        distances = self._leave_one_out(tokens, grid, kept)
+        self._reduce()
+        distances = self._leave_one_out(tokens, grid, kept_patches(grid, stride, tokens.device))
         self.distance_scale = distances.quantile(QUANTILE)
         if not self.distance_scale > 2e-3 * tokens.norm(dim=-1).mean():  # what rounding alone gives
             msg = "The normal images are copies of each other, or all of one colour. Give images that differ."
             raise ValueError(msg)
-        self.tokens = tokens[:, kept].flatten(0, 1).contiguous()
-        self.image_indices = torch.arange(images, device=tokens.device).repeat_interleave(len(kept))
-        self.patch_indices = kept.repeat(images)
-        if self.size is not None and self.size < len(self.tokens):
-            # Half a token more: the sampler rounds the product down.
-            sampler = KCenterGreedy(self.tokens, sampling_ratio=(self.size + 0.5) / len(self.tokens))
-            coreset = torch.tensor(sampler.select_coreset_idxs(), device=tokens.device)
-            self.tokens, self.image_indices, self.patch_indices = (
-                values[coreset] for values in (self.tokens, self.image_indices, self.patch_indices)
-            )
+        self.add(tokens, range(len(tokens)) if numbers is None else numbers, grid, stride)
+        self._reduce()
+        self.tokens, self.image_indices, self.patch_indices = (
+            torch.cat(values) for values in zip(*self._added, strict=True)
+        )
+        self.forget()
         return distances / self.distance_scale
 
-    @staticmethod
-    def _leave_one_out(tokens: torch.Tensor, grid: tuple[int, int], kept: torch.Tensor) -> torch.Tensor:
-        """Distance of patches to the kept ones of the other images; of a single image, to those of its other quarters.
+    def _is_worth_keeping(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Which of the tokens ``(M, K)`` are farther than the radius from those kept; while there is room, all."""
+        if self.radius == 0:
+            return torch.ones_like(tokens[:, 0], dtype=torch.bool)
+        return nearest(tokens, torch.cat([rows[0] for rows in self._added])) > self.radius
 
-        At most 8 images, evenly spread, are held out in turn: more hardly change a quantile of thousands of patches.
-        """
+    def _reduce(self) -> None:
+        """Keep a coreset if there are more tokens than the bank may have."""
+        if self.size is None or self.num_added <= self.size:
+            return
+        rows = [torch.cat(values) for values in zip(*self._added, strict=True)]
+        chosen, self.radius = k_center_greedy(rows[0], self.size)
+        self._added = [tuple(values[chosen] for values in rows)]
+
+    def _leave_one_out(self, tokens: torch.Tensor, grid: tuple[int, int], kept: torch.Tensor) -> torch.Tensor:
+        """Distance of images to those added before and the other ones; of a single image, to its other quarters."""
         images, patches = tokens.shape[:2]
-        bank = tokens[:, kept]
-        if images > 1:
+        others = [rows[0] for rows in self._added]
+        if images > 1 or others:
+            bank = [image[self._is_worth_keeping(image)] for image in tokens[:, kept]]
             return torch.stack([
-                nearest(tokens[index], torch.cat([bank[:index], bank[index + 1 :]]).flatten(0, 1))
-                for index in left_out_images(images)
+                nearest(image, torch.cat([*others, *bank[:index], *bank[index + 1 :]]))
+                for index, image in enumerate(tokens)
             ])
         numbers = torch.arange(patches, device=tokens.device)
         quarter = numbers // grid[1] * 2 // grid[0] * 2 + numbers % grid[1] * 2 // grid[1]
         distances = torch.zeros_like(tokens[..., 0])
         for part in quarter.unique():
-            others = bank[0, quarter[kept] != part]
-            if len(others):
-                distances[0, quarter == part] = nearest(tokens[0, quarter == part], others)
+            elsewhere = tokens[0, kept[quarter[kept] != part]]
+            if len(elsewhere):
+                distances[0, quarter == part] = nearest(tokens[0, quarter == part], elsewhere)
         return distances
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -172,6 +223,70 @@ def left_out_images(count: int) -> list[int]:
         ([0, 1, 2, 3], [0, 2, 4, 6, 8, 10, 12, 14])
     """
     return sorted({round(number) for number in torch.linspace(0, count - 1, 8).tolist()})
+
+
+def leave_one_out_correction(images: int) -> float:
+    r"""What leave-one-out deviations from the bank are multiplied with to estimate those of new good images.
+
+    A bank with one image less has fewer neighbours to offer. Measured on twelve small datasets, the logarithm of the
+    highest deviation of an image is too high by about :math:`0.09 \ln(k / (k - 1))` with :math:`k` images. The quarters
+    of a single image say little about other images; with 0.05 new good parts exceed the threshold at the named rate on
+    the average of seven datasets.
+
+    Args:
+        images (int): Normal images.
+
+    Returns:
+        float: Factor below 1.
+
+    Example:
+        >>> round(leave_one_out_correction(1), 3), round(leave_one_out_correction(4), 3)
+        (0.951, 0.974)
+    """
+    return math.exp(-0.05) if images == 1 else ((images - 1) / images) ** 0.09
+
+
+def k_center_greedy(tokens: torch.Tensor, size: int) -> tuple[torch.Tensor, float]:
+    """PatchCore's coreset: the token farthest from those chosen, again and again, beginning with the first.
+
+    Of the few farthest tokens many are chosen before any other could be, so their distances to all are one product of
+    matrices; one by one they take ten times as long.
+
+    Args:
+        tokens (torch.Tensor): Tokens ``(M, K)``.
+        size (int): How many to choose, at most M.
+
+    Returns:
+        tuple[torch.Tensor, float]: Numbers of the chosen tokens ``(size,)``, and the radius: the largest distance of
+        any other token to the nearest chosen one.
+
+    Example:
+        >>> chosen, radius = k_center_greedy(torch.tensor([[0.0], [1.0], [5.0], [9.0]]), size=3)
+        >>> chosen.tolist(), radius
+        ([0, 3, 2], 1.0)
+    """
+    lengths = tokens.square().sum(dim=1)
+    squares = torch.full_like(lengths, float("inf"))  # of the distance to the nearest chosen token
+    chosen = torch.empty(0, dtype=torch.long, device=tokens.device)
+    new = torch.zeros(1, dtype=torch.long, device=tokens.device)
+    with tqdm(total=size, desc="coreset of the normal patches", unit="patch", delay=3) as progress:
+        while True:
+            others = torch.addmm(lengths[new], tokens, tokens[new].T, alpha=-2).amin(dim=1)
+            squares = torch.minimum(squares, (lengths + others).clamp(min=0))
+            squares[new] = -1  # never again
+            chosen = torch.cat([chosen, new])
+            progress.update(len(new))
+            if len(chosen) == size:
+                return chosen, float(squares.amax().clamp(min=0).sqrt())
+            farthest, rows = squares.topk(min(AHEAD, len(squares)))
+            least = farthest[-1].clamp(min=0)  # no other token is farther
+            among = torch.cdist(tokens[rows], tokens[rows]).square()
+            picked: list[int] = []
+            while len(picked) < size - len(chosen) and farthest.amax() >= least:
+                picked.append(int(farthest.argmax()))
+                farthest = torch.minimum(farthest, among[picked[-1]])
+                farthest[picked[-1]] = -1
+            new = rows[picked]
 
 
 def nearest(tokens: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:

@@ -55,15 +55,16 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         weights (str | Path | None): Local weights file used instead of the hub: an OpenCLIP checkpoint serves both
             towers; without text a file in timm's naming will do. Defaults to ``None``.
         image_size (int | tuple[int, int] | None): Size images are resized to. ``None`` is 448, or 518 for CLIP (ours).
-        k_shot (int | None): Normal images to use, drawn with the seed; ``None`` for all. Defaults to 4 (ours).
+        k_shot (int | None): Normal images to use, drawn with the seed; ``None`` for all, however many: memory and the
+            time per test image stay bounded, see :class:`LAKEModel`. Defaults to 4 (ours).
         few_shot_source (str | Path | None): Folder of normal images to draw from instead of the training set.
         num_neurons (int): Sensitive neurons per layer, K, at least 2. Defaults to 100 (paper).
         selection (Literal["variance", "random", "lowest", "pca", "all"]): Rule that chooses them: variance (paper), or
             a control.
         normalization (Literal["after", "before", "none"]): Bring tokens to unit length after the selection (ours),
             before it, or not at all.
-        bank_size (int | None): Most tokens per layer and scale in the bank; ``None`` keeps all. Defaults to 8192
-            (ours).
+        bank_size (int | None): Most tokens per layer in the bank of single patches; that of windows has room for
+            half as many (of 3x3), a third (of 5x5). ``None`` keeps all. Defaults to 5504 (ours).
         own_weight (float): Weight of a patch's distance to the rest of its own image beside that to the bank, in
             [0, 1]. Defaults to 0.3 (ours); 0 compares with the bank alone (paper).
         top_patches (int): Highest patches whose mean is the image's score. Defaults to 3 (ours); 1 takes the maximum
@@ -120,7 +121,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         num_neurons: int = 100,
         selection: Selection = "variance",
         normalization: Normalization = "after",
-        bank_size: int | None = 8192,
+        bank_size: int | None = 5504,
         own_weight: float = 0.3,
         top_patches: int = 3,
         text_weight: float | None = None,
@@ -225,6 +226,10 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             self.swap_training_set(drawn)
             shown = ", ".join(self.normal_images[:8]) + (", ..." if len(self.normal_images) > 8 else "")
             logger.info("LAKE uses %d normal images: %s", len(self.normal_images), shown)
+            need = self.model.memory_need(len(self.normal_images)) / 2**30
+            if need > 1:
+                remedy = " Give bank_size to bound it." if self.model.banks[0][0].size is None else ""
+                logger.info("Learning from them takes up to %.1f GiB of memory beside the backbone.%s", need, remedy)
 
     def training_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Store the patch tokens of a batch of normal images.

@@ -2,6 +2,8 @@
 
 """Distance of a patch to the rest of its own image: what is normal mostly recurs, a defect seldom does."""
 
+from functools import lru_cache
+
 import torch
 from torch import nn
 
@@ -10,6 +12,8 @@ from .bank import QUANTILE, kept_patches
 # Share of the image's height and width that a patch's surroundings reach in each direction. Inside them, patches of
 # the same defect would explain each other.
 SURROUNDINGS = 0.2
+# Patches of an image compared at a time.
+ROWS = 256
 
 
 class OwnImage(nn.Module):
@@ -69,22 +73,38 @@ class OwnImage(nn.Module):
         Returns:
             torch.Tensor: Distance to the nearest patch outside the surroundings, over the scale ``(B, N)``.
         """
-        kept = kept_patches(grid, stride, tokens.device)
-        allowed = outside(grid, stride, tokens.device)
-        forbidden = torch.where(allowed, 0.0, float("-inf")).to(tokens.dtype)
         if torch.compiler.is_compiling():
-            distances = _distances(tokens, kept, forbidden)
-        else:  # image by image, so that the table of distances stays in the cache
-            distances = torch.stack([_distances(image, kept, forbidden) for image in tokens])
+            distances = _distances(tokens, *_tables(grid, stride, tokens.device))
+        else:
+            tables = _tables_once(grid, stride, tokens.device)
+            distances = torch.stack([_distances_in_parts(image, *tables) for image in tokens])
         return distances / self.distance_scale
+
+
+def _tables(grid: tuple[int, int], stride: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers of the kept patches ``(M,)``, and minus infinity where one lies in a patch's surroundings ``(N, M)``."""
+    forbidden = torch.where(outside(grid, stride, device), 0.0, float("-inf"))
+    return kept_patches(grid, stride, device), forbidden
+
+
+# Of the last few sizes of images: made anew for every image, they take as long as the distances.
+_tables_once = lru_cache(maxsize=4)(torch.inference_mode(mode=False)(_tables))
 
 
 def _distances(tokens: torch.Tensor, kept: torch.Tensor, forbidden: torch.Tensor) -> torch.Tensor:
     """Distances ``(..., N)`` of tokens ``(..., N, K)`` to the nearest kept one that is not forbidden ``(N, M)``."""
     others = tokens[..., kept, :]
     squares = tokens.square().sum(dim=-1)
-    brackets = tokens @ others.mT - squares[..., None, kept] / 2 + forbidden
+    brackets = tokens @ others.mT - squares[..., None, kept] / 2 + forbidden.to(tokens.dtype)
     return (squares - 2 * brackets.amax(dim=-1)).clamp(min=0).sqrt()
+
+
+def _distances_in_parts(tokens: torch.Tensor, kept: torch.Tensor, forbidden: torch.Tensor) -> torch.Tensor:
+    """The same for one image ``(N, K)``, few rows at a time: tables that stay in the cache take a third of the time."""
+    others, squares = tokens[kept].T, tokens.square().sum(dim=1)
+    parts = zip(tokens.split(ROWS), forbidden.to(tokens.dtype).split(ROWS), strict=True)
+    brackets = torch.cat([torch.addmm(hidden - squares[kept] / 2, part, others).amax(dim=1) for part, hidden in parts])
+    return (squares - 2 * brackets).clamp(min=0).sqrt()
 
 
 def outside(grid: tuple[int, int], stride: int = 1, device: torch.device | None = None) -> torch.Tensor:
@@ -107,4 +127,5 @@ def outside(grid: tuple[int, int], stride: int = 1, device: torch.device | None 
         numbers = torch.arange(count, device=device)
         near.append((numbers[:, None] - numbers[::stride]).abs() <= SURROUNDINGS * count)
     far = ~(near[0][:, None, :, None] & near[1][None, :, None, :]).flatten(2).flatten(0, 1)
-    return far | ~far.any(dim=1, keepdim=True)
+    has_none = near[0].all(dim=1)[:, None] & near[1].all(dim=1)
+    return far | has_none.flatten()[:, None]

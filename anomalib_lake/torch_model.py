@@ -22,11 +22,13 @@ from anomalib_spg.components.backbone import Backbone, is_clip, num_blocks
 from anomalib_spg.components.module_list import ModuleList
 from anomalib_spg.components.precision import full_precision
 
-from .bank import NormalityBank, average_neighbors, left_out_images, stride_of
+from .bank import NormalityBank, average_neighbors, leave_one_out_correction, left_out_images, stride_of
 from .neurons import Normalization, Selection, SensitiveNeurons
 from .own_image import OwnImage
 from .text import embed_prompts, prompts, read_checkpoint, text_tower
 
+# Normal images whose tokens are kept in full, to choose the neurons by.
+SAMPLE = 32
 DEFAULT_BACKBONE = "vit_large_patch14_clip_quickgelu_336.openai"
 
 
@@ -52,6 +54,10 @@ class LAKEModel(nn.Module):
     In training mode a forward pass stores the patch tokens of normal images; :meth:`fit` then chooses the neurons and
     fills the bank. In evaluation mode a forward pass returns anomaly maps and scores. Nothing is trained.
 
+    Memory and the time per test image do not grow with the number of normal images. The first 32 are kept with all
+    their channels (ours), and decide the neurons. Of the others only those neurons are kept, and of all images only
+    what the banks have room for; see :class:`NormalityBank` and :meth:`memory_need`.
+
     Args:
         backbone (str): timm model name. Defaults to OpenAI's CLIP ViT-L/14@336 (paper: a CLIP model).
         layers (Sequence[int] | None): 0-based blocks whose raw tokens give the structural deviation, negative ones from
@@ -68,8 +74,8 @@ class LAKEModel(nn.Module):
         selection (str): Rule that chooses them: ``"variance"`` (paper), or a control: ``"random"``, ``"lowest"``,
             ``"pca"``, ``"all"``. See :class:`SensitiveNeurons`.
         normalization (str): Bring tokens to unit length ``"after"`` the selection (ours), ``"before"``, or ``"none"``.
-        bank_size (int | None): Most tokens per layer and scale in the bank; ``None`` keeps all. Defaults to 8192
-            (ours).
+        bank_size (int | None): Most tokens per layer in the bank of single patches; that of windows has room for
+            half as many (of 3x3), a third (of 5x5). ``None`` keeps all. Defaults to 5504 (ours).
         own_weight (float): Weight of a patch's distance to the rest of its own image beside that to the bank, in
             [0, 1]. Defaults to 0.3 (ours); 0 compares with the bank alone (paper).
         top_patches (int): Highest patches whose mean is the image's score. Defaults to 3 (ours); 1 takes the maximum
@@ -106,7 +112,7 @@ class LAKEModel(nn.Module):
         num_neurons: int = 100,
         selection: Selection = "variance",
         normalization: Normalization = "after",
-        bank_size: int | None = 8192,
+        bank_size: int | None = 5504,
         own_weight: float = 0.3,
         top_patches: int = 3,
         text_weight: float | None = None,
@@ -177,9 +183,10 @@ class LAKEModel(nn.Module):
         self.neurons: ModuleList[SensitiveNeurons] = ModuleList(
             SensitiveNeurons(num_neurons, selection, normalization) for _ in self.layers
         )
-        # One per layer and scale.
+        # One per layer and scale; a larger scale keeps fewer windows of an image.
+        sizes = [None if bank_size is None else -(-bank_size // stride_of(scale)) for scale in self.scales]
         self.banks: ModuleList[ModuleList[NormalityBank]] = ModuleList(
-            ModuleList(NormalityBank(bank_size) for _ in self.scales) for _ in self.layers
+            ModuleList(NormalityBank(size) for size in sizes) for _ in self.layers
         )
         self.own_weight = own_weight
         self.top_patches = top_patches
@@ -196,24 +203,52 @@ class LAKEModel(nn.Module):
     @property
     def is_fitted(self) -> bool:
         """Whether the banks are filled."""
-        return all(len(bank.tokens) > 0 for banks in self.banks for bank in banks)
+        return all(len(bank.tokens) > 0 for bank in self._all_banks())
+
+    def _all_banks(self) -> list[NormalityBank]:
+        return [bank for banks in self.banks for bank in banks]
 
     def forget(self) -> None:
         """Forget stored tokens, for instance those of a fit that failed."""
+        self.num_stored = 0  # normal images
         self._stored: list[list[torch.Tensor]] = [[] for _ in self.layers]
         self._semantic: list[torch.Tensor] = []
+        self._shown: list[int] = []  # images that are compared with the others in the end
+        self._projected: list[torch.Tensor] = []  # their tokens in the chosen neurons, by layer
+        for bank in self._all_banks():
+            bank.forget()
         self._grid: tuple[int, int] = (0, 0)
         self._size: tuple[int, int] = (0, 0)
+
+    def memory_need(self, images: int) -> int:
+        """Memory that learning takes beside the backbone: what is kept, and as much again while it is worked on.
+
+        Args:
+            images (int): Normal images.
+
+        Returns:
+            int: About so many bytes, at most.
+
+        Example:
+            >>> model = LAKEModel("vit_tiny_patch16_224", layers=[5], pre_trained=False, num_neurons=20)
+            >>> model.memory_need(10_000) == model.memory_need(1000)
+            True
+        """
+        rows, columns = (-(-side // self.backbone.patch_size) for side in self.backbone.image_size)
+        width = self.backbone.embed_dim
+        kept = width if self.neurons[0].selection == "all" else self.neurons[0].count
+        blocks = len(self.layers) + (self.text_weight > 0) + 1  # one more while they are put together
+        values = min(images, SAMPLE) * rows * columns * width * blocks
+        for scale, bank in zip(self.scales, self.banks[0], strict=True):
+            of_image = -(-rows // stride_of(scale)) * -(-columns // stride_of(scale))
+            tokens = images * of_image if bank.size is None else min(images * of_image, 2 * bank.size + of_image)
+            values += len(self.layers) * tokens * kept
+        return 2 * 4 * values
 
     def compare_with_bank_only(self) -> None:
         """Score as the paper does: the distance to the bank alone, and its maximum over patches."""
         self.own_weight, self.top_patches = 0.0, 1
         self.own_images = ModuleList(ModuleList() for _ in self.layers)
-
-    @property
-    def num_stored(self) -> int:
-        """Normal images stored for :meth:`fit`."""
-        return sum(map(len, self._stored[0]))
 
     def forward(self, images: torch.Tensor) -> InferenceBatch | torch.Tensor:
         """Store the tokens of normal images (training mode) or find anomalies (evaluation mode).
@@ -309,16 +344,64 @@ class LAKEModel(nn.Module):
         if self.text_weight > 0 and not self.backbone.has_weights:
             self._checkpoint = self._load_checkpoint()
         tokens, grid = self.tokens(images)
+        self.store(tokens, grid, (images.shape[-2], images.shape[-1]))
+        return tokens[self.layers[-1]]
+
+    @torch.no_grad()
+    def store(self, tokens: dict[int, torch.Tensor], grid: tuple[int, int], image_size: tuple[int, int]) -> None:
+        """Store the tokens of normal images for :meth:`fit`.
+
+        Args:
+            tokens (dict[int, torch.Tensor]): Raw tokens ``(B, N, D)`` by block.
+            grid (tuple[int, int]): Rows and columns of patches.
+            image_size (tuple[int, int]): Height and width of the images.
+
+        Raises:
+            ValueError: If they have another size than those before, or those before do not vary.
+        """
         if self.num_stored and grid != self._grid:
             msg = f"Normal images must have one size: after {self._grid} patches came {grid}."
             raise ValueError(msg)
-        self._grid = grid
-        self._size = (images.shape[-2], images.shape[-1])
-        for layer, stored in zip(self.layers, self._stored, strict=True):
-            stored.append(tokens[layer])
+        self._grid, self._size = grid, image_size
+        start, room = self.num_stored, max(SAMPLE - self.num_stored, 0)
+        self.num_stored += len(tokens[self.layers[0]])
+        if room:
+            for layer, stored in zip(self.layers, self._stored, strict=True):
+                stored.append(tokens[layer][:room])
+            if self.text_weight > 0:
+                self._semantic.append(tokens[self.semantic_layer][:room])
+        if self.num_stored > SAMPLE:
+            if not self._shown:
+                self._choose_neurons()
+            numbers = range(max(start, SAMPLE), self.num_stored)
+            with full_precision(self.text_embeddings.device):
+                for number, (layer, neurons) in enumerate(zip(self.layers, self.neurons, strict=True)):
+                    self._add(number, neurons.project(tokens[layer][room:]), numbers)
+
+    def _choose_neurons(self) -> None:
+        """Choose them by what is stored, which then goes into the banks, but for the images that are shown."""
+        generator = torch.Generator().manual_seed(torch.initial_seed())
+        images = sum(map(len, self._stored[0]))
+        self._shown = left_out_images(images)
+        others = [number for number in range(images) if number not in self._shown]
+        for bank in self._all_banks():
+            bank.tokens = bank.tokens[:0]  # of an earlier fit, in other neurons
+        with full_precision(self.text_embeddings.device):
+            for number, neurons in enumerate(self.neurons):
+                tokens = torch.cat(self._stored[number])
+                self._stored[number] = []
+                neurons.select(tokens.flatten(0, 1), generator)
+                projected = neurons.project(tokens)
+                self._projected.append(projected[self._shown])
+                self._add(number, projected[others], others)
         if self.text_weight > 0:
-            self._semantic.append(tokens[self.semantic_layer])
-        return tokens[self.layers[-1]]
+            self._semantic = [torch.cat(self._semantic)[self._shown]]
+
+    def _add(self, number: int, projected: torch.Tensor, images: Sequence[int]) -> None:
+        """Add the projected tokens ``(B, N, K)`` of images to the banks of a layer."""
+        for scale, bank in zip(self.scales, self.banks[number], strict=True):
+            averaged = self.neurons[number].normalize(average_neighbors(projected, self._grid, scale))
+            bank.add(averaged, images, self._grid, stride_of(scale))
 
     def _load_checkpoint(self) -> dict[str, torch.Tensor]:
         """Read the OpenCLIP checkpoint once: give its vision part to the backbone, and return the rest."""
@@ -346,54 +429,29 @@ class LAKEModel(nn.Module):
         # Validation hooks, where Lightning may call this, run in inference mode; its tensors could not be loaded over.
         device = self.text_embeddings.device
         with torch.inference_mode(mode=False), torch.no_grad(), full_precision(device):
-            generator = torch.Generator().manual_seed(torch.initial_seed())
             if self.text_weight > 0:
                 ensembles = prompts(class_name, self.normal_prompts, self.anomalous_prompts)
                 checkpoint = self._checkpoint or self._load_checkpoint()
                 tower = text_tower(checkpoint, quick_gelu="quickgelu" in self.backbone.name)
                 self.text_embeddings = embed_prompts(tower, *ensembles).to(device)
                 self._checkpoint = None
-            images, by_layer = self.num_stored, []
-            shown, correction = left_out_images(images), leave_one_out_correction(images)
+            if not self._shown:
+                self._choose_neurons()
+            by_layer, correction = [], leave_one_out_correction(self.num_stored)
             for layer, (neurons, banks) in enumerate(zip(self.neurons, self.banks, strict=True)):
-                tokens = torch.cat(self._stored[layer])
-                self._stored[layer] = []
                 by_scale = []
-                neurons.select(tokens.flatten(0, 1), generator)
-                projected = neurons.project(tokens)
                 for window, (scale, bank) in enumerate(zip(self.scales, banks, strict=True)):
-                    averaged = neurons.normalize(average_neighbors(projected, self._grid, scale))
-                    deviation = bank.fit(averaged, self._grid, stride_of(scale)) * correction
+                    averaged = neurons.normalize(average_neighbors(self._projected[layer], self._grid, scale))
+                    deviation = bank.fit(averaged, self._grid, stride_of(scale), self._shown) * correction
                     if self.own_weight > 0:
                         own = self.own_images[layer][window].fit(
-                            averaged[shown], self._grid, stride_of(scale), least=bank.distance_scale
+                            averaged, self._grid, stride_of(scale), least=bank.distance_scale
                         )
                         deviation = torch.lerp(deviation, own, self.own_weight)
                     by_scale.append(deviation)
                 by_layer.append(torch.stack(by_scale))
             deviation = torch.stack(by_layer).mean(dim=0).amax(dim=0)
-            semantic = torch.cat(self._semantic)[shown] if self.text_weight > 0 else None
+            semantic = self._semantic[0] if self.text_weight > 0 else None
             result = self._predict(deviation, semantic, self._grid, self._size)
             self.forget()
             return result
-
-
-def leave_one_out_correction(images: int) -> float:
-    r"""What leave-one-out deviations from the bank are multiplied with to estimate those of new good images.
-
-    A bank with one image less has fewer neighbours to offer. Measured on twelve small datasets, the logarithm of the
-    highest deviation of an image is too high by about :math:`0.09 \ln(k / (k - 1))` with :math:`k` images. The quarters
-    of a single image say little about other images; with 0.05 new good parts exceed the threshold at the named rate on
-    the average of seven datasets.
-
-    Args:
-        images (int): Normal images.
-
-    Returns:
-        float: Factor below 1.
-
-    Example:
-        >>> round(leave_one_out_correction(1), 3), round(leave_one_out_correction(4), 3)
-        (0.951, 0.974)
-    """
-    return math.exp(-0.05) if images == 1 else ((images - 1) / images) ** 0.09

@@ -153,9 +153,8 @@ def lake(parts: Parts, shots: int, draw: int) -> Predictions:
     """LAKE's own predictions; "own": of each normal image by the others."""
     torch.manual_seed(draw)
     model = LAKEModel(BACKBONE, pre_trained=False).eval()
-    bank = parts.train[parts.draw(shots, draw)]
-    model._stored = [[bank[:, BLOCKS.index(block)].float()] for block in DEFAULT]
-    model._grid, model._size = GRID, (448, 448)
+    for image in parts.train[parts.draw(shots, draw)]:
+        model.store({block: image[None, BLOCKS.index(block)].float() for block in DEFAULT}, GRID, (448, 448))
     results = {"own": [model.fit()], "images": [], "perlin": []}
     for key, images in (("images", parts.test), ("perlin", parts.perlin)):
         for image in images:

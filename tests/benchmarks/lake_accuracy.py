@@ -131,7 +131,7 @@ def lake(
     draw: int,
     blocks: tuple[int, ...] = DEFAULT,
     scales: tuple[int, ...] = SCALES,
-    size: int | None = 8192,
+    size: int | None = 5504,
     scoring: dict | None = None,
     **options,
 ) -> tuple[float, float]:
@@ -143,8 +143,8 @@ def lake(
     torch.manual_seed(draw)
     model = LAKEModel(BACKBONE, layers=blocks, scales=scales, bank_size=size, pre_trained=False, **(scoring or {}))
     model.neurons = nn.ModuleList(SensitiveNeurons(**options) for _ in blocks)
-    model._stored = [[images[:, BLOCKS.index(block)].float()] for block in blocks]
-    model._grid, model._size = GRID, (448, 448)
+    for image in images:
+        model.store({block: image[None, BLOCKS.index(block)].float() for block in blocks}, GRID, (448, 448))
     model.fit()
     with torch.inference_mode():
         by_image = ({block: image[None, BLOCKS.index(block)].float() for block in blocks} for image in source.test)
@@ -256,7 +256,7 @@ def main() -> None:  # noqa: C901  # a branch for each table
             row(f"unit length: {normalization}", few(4, normalization=normalization))
         for scales in ((1,), (3,), (1, 3), (1, 5), (1, 3, 5)):
             row(f"scales {scales}", few(4, scales=scales))
-        for size in (None, 8192, 4096):
+        for size in (None, 8192, 5504, 4096):
             row(f"16 shots, bank of {size or 'all 16384'}", few(16, size=size))
     else:
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_lake import bank as module
-from anomalib_lake.bank import NormalityBank, nearest
+from anomalib_lake.bank import NormalityBank, k_center_greedy, nearest
 
 
 @pytest.mark.parametrize("chunk", [3, 8, 100])
@@ -66,6 +66,72 @@ def test_size_is_bounded_by_a_coreset() -> None:
     spread = nearest(tokens, bank.tokens).amax()
     drawn = [nearest(tokens, tokens.flatten(0, 1)[torch.randperm(64)[:10]]).amax() for _ in range(5)]
     assert spread < torch.stack(drawn).mean()
+
+
+@pytest.mark.parametrize("ahead", [1, 4, 1000])
+def test_k_center_greedy(ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens one by one, each time the farthest from those chosen, however many are looked at in one go."""
+    monkeypatch.setattr(module, "AHEAD", ahead)
+    tokens = torch.randn(60, 5, dtype=torch.float64)
+    distances = torch.cdist(tokens, tokens)
+    expected = [0]
+    for _ in range(24):
+        expected.append(int(distances[:, expected].amin(dim=1).argmax()))
+    chosen, radius = k_center_greedy(tokens, 25)
+    assert chosen.tolist() == expected
+    assert radius == pytest.approx(float(distances[:, expected].amin(dim=1).amax()))
+
+
+def test_k_center_greedy_of_copies() -> None:
+    """No token is chosen twice, not even where all are equal."""
+    for tokens in (torch.ones(9, 4), torch.randn(3, 4).repeat(3, 1), F.normalize(torch.randn(9, 4), dim=-1)):
+        chosen, radius = k_center_greedy(tokens, 8)
+        assert len(set(chosen.tolist())) == 8
+        assert radius < 1
+
+
+def test_images_added_before() -> None:
+    """With room for all they are kept, and the last images are compared with them and with each other."""
+    tokens = torch.randn(5, 16, 6)
+    bank, at_once = NormalityBank(size=80), NormalityBank(size=80)
+    bank.add(tokens[3:], [3, 4], (4, 4))
+    assert not len(bank.tokens), "nothing counts before the fit"
+    deviation = bank.fit(tokens[:3], (4, 4), numbers=[0, 1, 2])
+    expected = [nearest(tokens[i], tokens[[j for j in range(5) if j != i]].flatten(0, 1)) for i in range(3)]
+    torch.testing.assert_close(deviation * bank.distance_scale, torch.stack(expected))
+    at_once.fit(tokens, (4, 4))
+    queries = torch.randn(2, 16, 6)
+    torch.testing.assert_close(nearest(queries, bank.tokens), nearest(queries, at_once.tokens))
+    assert torch.equal(bank.tokens, tokens[bank.image_indices, bank.patch_indices])
+
+
+def test_many_images_need_a_bounded_number_of_tokens() -> None:
+    """Never more than twice the size; what is left lies about as near to all tokens as a coreset of all of them."""
+    tokens = F.normalize(torch.randn(60, 16, 4), dim=-1)
+    bank, held = NormalityBank(size=50), []
+    for number, image in enumerate(tokens[8:], start=8):
+        bank.add(image[None], [number], (4, 4))
+        held.append(bank.num_added)
+    assert max(held) <= 100
+    assert held[5] == 6 * 16, "not reduced while there is room"
+    bank.fit(tokens[:8], (4, 4))
+    assert bank.tokens.shape == (50, 4)
+    assert torch.equal(bank.tokens, tokens[bank.image_indices, bank.patch_indices])
+    everything = tokens.flatten(0, 1)
+    chosen, _ = k_center_greedy(everything, 50)
+    assert nearest(everything, bank.tokens).mean() < 1.15 * nearest(everything, everything[chosen]).mean()
+    drawn = nearest(everything, everything[torch.randperm(len(everything))[:50]])
+    assert nearest(everything, bank.tokens).amax() < drawn.amax()
+
+
+def test_deviation_of_new_images_is_the_one_foretold() -> None:
+    """Of many images, too: one normal patch in a hundred deviates by more than 1."""
+    tokens = torch.randn(60, 64, 6)
+    bank = NormalityBank(size=500)
+    bank.add(tokens[8:], range(8, 60), (8, 8))
+    bank.fit(tokens[:8], (8, 8))
+    share = (bank(torch.randn(100, 64, 6)) > 1).float().mean().item()
+    assert 0.002 < share < 0.03
 
 
 def test_enough_room_keeps_every_token_in_order() -> None:

@@ -5,6 +5,7 @@
 import pytest
 import torch
 
+from anomalib_lake import own_image as module
 from anomalib_lake.own_image import OwnImage, outside
 
 
@@ -23,6 +24,16 @@ def test_distances(stride: int) -> None:
                 if abs(r - row) > 1 or abs(c - column) > 2
             ]
             torch.testing.assert_close(distances[:, row, column], torch.stack(found).amin(dim=0))
+
+
+def test_compiled_path_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The form that is exported computes what the loop over images and parts of them computes."""
+    monkeypatch.setattr(module, "ROWS", 16)
+    tokens, own = torch.randn(3, 63, 6), OwnImage()
+    with torch.inference_mode():
+        expected = [own(tokens, (7, 9), stride) for stride in (1, 2)]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close([own(tokens, (7, 9), stride) for stride in (1, 2)], expected)
 
 
 def test_scale() -> None:

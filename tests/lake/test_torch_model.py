@@ -10,9 +10,11 @@ from anomalib.data import InferenceBatch
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_lake import LAKEModel
+from anomalib_lake import torch_model as module
 from anomalib_lake.text import embed_prompts, prompts, read_checkpoint, text_tower
 from tests.helpers import TINY, TINY_CLIP
 
+TINY_MODEL = LAKEModel(TINY, layers=[2, 3], pre_trained=False)
 PAPER = {"own_weight": 0, "top_patches": 1}  # the bank alone, and the maximum
 
 
@@ -248,6 +250,60 @@ def test_one_colour_for_all_is_nothing_to_learn_from(selection: str) -> None:
     model(torch.ones(2, 3, 1, 1).expand(-1, -1, 64, 64))
     with pytest.raises(ValueError, match="do not vary"):
         model.fit()
+
+
+@pytest.fixture
+def small_sample(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Images that decide the neurons."""
+    monkeypatch.setattr(module, "SAMPLE", 10)
+    return 10
+
+
+@pytest.mark.parametrize("batches", [[14], [1] * 14, [9, 2, 3], [10, 4]])
+def test_batches_do_not_matter(batches: list[int], small_sample: int) -> None:
+    """However the images come, the model is the same; so it is when it learns them again."""
+    images = torch.randn(14, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    tokens, grid = TINY_MODEL.tokens(images)
+    model = LAKEModel(TINY, layers=[2, 3], pre_trained=False, num_neurons=20, bank_size=40)
+    states = []
+    for parts in (batches, [5, 9]):
+        for part in zip(*(stored.split(parts) for stored in tokens.values()), strict=True):
+            model.store(dict(zip(tokens, part, strict=True)), grid, (64, 64))
+        model.fit()
+        states.append({name: value.clone() for name, value in model.state_dict().items() if "backbone" not in name})
+    assert states[0]["banks.0.0.tokens"].shape == (40, 20)
+    assert states[0]["banks.0.1.tokens"].shape == (20, 20)
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=0, atol=0)
+    variances = tokens[3][:small_sample].flatten(0, 1).var(dim=0)
+    assert model.neurons[1].indices.tolist() == variances.argsort(descending=True)[:20].tolist()
+
+
+def test_memory_does_not_grow(small_sample: int) -> None:
+    """What is held between two images, and at most what was said."""
+    model = LAKEModel(TINY, layers=[2, 3], pre_trained=False, num_neurons=20, bank_size=40)
+    held = []
+    for _ in range(40):
+        model.store({layer: torch.randn(1, 16, 192) for layer in (2, 3)}, (4, 4), (64, 64))
+        tensors = [tensor for stored in model._stored for tensor in stored] + model._projected
+        tensors += [rows[0] for bank in model._all_banks() for rows in bank._added]
+        held.append(4 * sum(tensor.numel() for tensor in tensors))
+    assert held[small_sample - 1] == max(held) == small_sample * 2 * 16 * 192 * 4
+    assert max(held[small_sample:]) <= 2 * 4 * (8 * 16 + 80 + 40) * 20
+    sized = LAKEModel(TINY, layers=[2, 3], pre_trained=False, num_neurons=20, bank_size=40, image_size=(64, 64))
+    assert max(held) < sized.memory_need(40) == sized.memory_need(4000)
+    unbounded = LAKEModel(TINY, layers=[2, 3], pre_trained=False, num_neurons=20, bank_size=None)
+    assert unbounded.memory_need(4000) > 10 * unbounded.memory_need(40)
+
+
+def test_interrupted_among_many_images(small_sample: int) -> None:
+    """The neurons are new, the banks would be old: there are none, and it is said."""
+    model = fitted(torch.randn(2, 3, 64, 64), layers=[2]).train()
+    model(torch.randn(small_sample, 3, 64, 64))
+    assert model.is_fitted, "nothing is decided yet"
+    model(torch.randn(1, 3, 64, 64))
+    with pytest.raises(RuntimeError, match="no normality bank yet"):
+        model.eval()(torch.randn(1, 3, 64, 64))
 
 
 def test_sizes_that_differ() -> None:
