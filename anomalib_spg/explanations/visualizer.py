@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 
 from anomalib_spg.components.backbone import Tokens
 from anomalib_spg.components.files import atomic_write
+from anomalib_spg.components.regions import defects_of
 
 from .examples import Examples, digest, to_picture
 from .explanation import ExplainableModel, Explanation
@@ -273,6 +274,7 @@ class ExplanationVisualizer(ImageVisualizer):
                 for part in explanation.top(self.parts)
             ],
             "other": {name: _finite(value) for name, value in explanation.other.items()},
+            "defects": [defect._asdict() | {"score": _finite(defect.score)} for defect in defects_of(batch, index)],
         })
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
