@@ -5,6 +5,7 @@
 Reference: Latent Anomaly Knowledge Excavation (arXiv 2604.07802).
 """
 
+import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from anomalib_spg.explanations.examples import Examples
 from anomalib_spg.explanations.explanation import Explanation
 
 from .explain import explain
+from .extension import Extension, read_fitted
 from .figures import plot_neurons
 from .neurons import Normalization, Selection
 from .normal_images import draw_normal_images, image_labels
@@ -57,6 +59,8 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         image_size (int | tuple[int, int] | None): Size images are resized to. ``None`` is 448, or 518 for CLIP (ours).
         k_shot (int | None): Normal images to use, drawn with the seed; ``None`` for all. Defaults to 4 (ours).
         few_shot_source (str | Path | None): Folder of normal images to draw from instead of the training set.
+        extend (str | Path | None): Checkpoint of a fitted LAKE whose bank takes the normal images in, instead of a new
+            bank of them alone. Neurons and text stay; the threshold is set anew. Defaults to ``None``.
         num_neurons (int): Sensitive neurons per layer, K, at least 2. Defaults to 100 (paper).
         selection (Literal["variance", "random", "lowest", "pca", "all"]): Rule that chooses them: variance (paper), or
             a control.
@@ -117,6 +121,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         image_size: int | tuple[int, int] | None = None,
         k_shot: int | None = 4,
         few_shot_source: str | Path | None = None,
+        extend: str | Path | None = None,
         num_neurons: int = 100,
         selection: Selection = "variance",
         normalization: Normalization = "after",
@@ -153,6 +158,9 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         self.seed = seed
         self.k_shot = k_shot
         self.few_shot_source = few_shot_source
+        self.extend = extend
+        self._extension: Extension | None = None
+        self._fitted_before: dict[str, Any] = {}  # what the post-processor of the checkpoint to extend knows
         self.class_name = class_name
         self.normal_images: list[str] = []
         self.examples: Examples | None = None
@@ -199,6 +207,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             seed_everything(self.seed, workers=True)
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if stage == "fit":
+            self._begin_extension()
             self.begin_fit()
             self.model.forget()  # what a fit that failed has left
         if stage == "fit" and datamodule is None:
@@ -207,24 +216,45 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             )
         elif stage == "fit":
             training_set = datamodule.train_data
-            drawn, self.normal_images = draw_normal_images(
-                training_set,
+            known = {_short(path) for path in self.normal_images} if self._extension is not None else set()
+            new = [index for index, (path, _) in enumerate(image_labels(training_set)) if _short(path) not in known]
+            drawn, paths = draw_normal_images(
+                training_set.subsample(new) if known else training_set,
                 self.k_shot,
                 source=self.few_shot_source,
                 transform=training_set.augmentations,
                 name=datamodule.name,
             )
+            again = [path for path in paths if _short(path) in known]
+            if again:
+                msg = f"The bank of '{self.extend}' holds {len(again)} of the images already: {', '.join(again[:5])}."
+                raise ValueError(msg)
+            self.normal_images = [*self.normal_images, *paths] if known else paths
             self.held_out = None
             if good_validation_images(datamodule) < ENOUGH:
+                known |= {_short(path) for path in paths}
                 others = [
                     index
                     for index, (path, label) in enumerate(image_labels(training_set))
-                    if label != 1 and path not in self.normal_images
+                    if label != 1 and _short(path) not in known
                 ]
                 self.held_out = training_set.subsample(choose(others, MOST))
             self.swap_training_set(drawn)
-            shown = ", ".join(self.normal_images[:8]) + (", ..." if len(self.normal_images) > 8 else "")
-            logger.info("LAKE uses %d normal images: %s", len(self.normal_images), shown)
+            shown = ", ".join(paths[:8]) + (", ..." if len(paths) > 8 else "")
+            logger.info("LAKE uses %d normal images: %s", len(paths), shown)
+
+    def _begin_extension(self) -> None:
+        """Restore the fitted model whose bank is to take images in."""
+        self._extension = None
+        if self.extend is None:
+            return
+        checkpoint = read_fitted(self.extend)
+        checkpoint.pop("anomalib_components_enabled", None)  # which components there are is this run's affair
+        self.on_load_checkpoint(checkpoint)
+        self.load_state_dict(checkpoint["state_dict"])
+        self._extension = Extension(self.model, first=len(self.normal_images))
+        if isinstance(self.post_processor, GoodPartsPostProcessor):  # which forgets it when the fit starts
+            self._fitted_before = copy.deepcopy(self.post_processor.checkpoint_config())
 
     def training_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Store the patch tokens of a batch of normal images.
@@ -238,7 +268,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             STEP_OUTPUT: A dummy loss for Lightning.
         """
         del args, kwargs
-        start = self.model.num_stored
+        start = self.model.num_stored if self._extension is None else self._extension.next
         images = cast("torch.Tensor", batch.image)
         is_blank = (images.amax(dim=(2, 3)) == images.amin(dim=(2, 3))).all(dim=1).tolist()
         blank = [path for path, found in zip(batch.image_path or [], is_blank, strict=False) if found]
@@ -248,13 +278,19 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
                 len(blank),
                 ", ".join(blank),
             )
-        self.model(images)
+        if self._extension is None:
+            self.model(images)
+        else:
+            self._extension.add(images)
         if self.examples is not None:
             self.examples.add(images, self.model.backbone.mean, self.model.backbone.std, start)
         return self.no_loss()
 
     def fit(self) -> None:
-        """Choose the sensitive neurons and fill the banks from the stored tokens."""
+        """Choose the sensitive neurons and fill the banks from the stored tokens, or take new ones into the banks."""
+        if self._extension is not None:
+            self._finish_extension(self._extension)
+            return
         name = self.class_name or getattr(getattr(self.trainer, "datamodule", None), "category", None) or "object"
         left_out = self.model.fit(str(name))
         if isinstance(self.post_processor, GoodPartsPostProcessor):
@@ -272,6 +308,25 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             self.model.layers,
             self.model.scales,
         )
+
+    def _finish_extension(self, extension: Extension) -> None:
+        """Thin the banks, and set the threshold anew by the good images there are and the new ones.
+
+        What good images scored before the extension counts where they are not at hand again: no score has risen.
+        """
+        left_out = extension.finish()
+        self._extension = None
+        post_processor = self.post_processor
+        if isinstance(post_processor, GoodPartsPostProcessor) and left_out.pred_score is not None:
+            before, at_hand = self._fitted_before, len(self.held_out or ())
+            if at_hand and at_hand >= min(MOST, len(before["scores"]["held_out"])):
+                before["scores"]["held_out"], before["pixels"]["held_out"] = [], [0] * len(before["pixels"]["held_out"])
+            else:
+                self.held_out = None
+            post_processor.load_checkpoint_config(before)
+            post_processor.add_good(left_out.pred_score, left_out.anomaly_map)
+        self.add_good(self.held_out)
+        self.place_thresholds()
 
     def explain(self, images: torch.Tensor, tokens: Tokens | None = None) -> list[Explanation]:
         """Split the scores of images into neurons and text; see :func:`anomalib_lake.explain.explain`.
@@ -315,6 +370,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             "pre_trained": False,
             "weights": None,
             "few_shot_source": None,
+            "extend": None,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -349,3 +405,8 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             dict[str, Any]: One epoch on one device, because the normal images are passed once.
         """
         return {"gradient_clip_val": 0, "max_epochs": 1, "num_sanity_val_steps": 0, "devices": 1}
+
+
+def _short(path: str) -> tuple[str, ...]:
+    """Folder and name of an image, which tell it apart also where the data lie elsewhere now."""
+    return Path(path).parts[-2:]

@@ -77,7 +77,7 @@ def defects(
             -int(-bottom * height // rows),
         )
         area = max(1, round(place.num_pixels * width * height / (columns * rows)))
-        corners = (_corners(place.image_filled) + (top, left)) * (height / rows, width / columns)
+        corners = (_corners(place.image_filled) + np.array([top, left])) * (height / rows, width / columns)
         contour = [(round(float(x), 1), round(float(y), 1)) for y, x in corners]
         found.append(Defect(box, area, float(place.intensity_max), contour))
     return sorted(found, key=lambda defect: -defect.area)
