@@ -13,6 +13,7 @@ from anomalib.data import InferenceBatch
 from anomalib.models.components import KCenterGreedy
 
 from anomalib_spg.components.precision import full_precision
+from anomalib_spg.explanations.examples import EXAMPLES, Examples, digest
 
 from .bank import NormalityBank, average_neighbors, kept_patches, stride_of
 from .torch_model import LAKEModel, leave_one_out_correction
@@ -25,7 +26,7 @@ class Extension:
 
     The neurons, and the distances that count as 1, stay those of the images the model was fitted on: of these no more
     is known than what the banks hold. So a patch deviates from a larger bank at most as much as before, and no image's
-    score rises. Banks that outgrow their ``bank_size`` are thinned to a coreset.
+    score rises, as long as there is room. A bank that outgrows its ``bank_size`` is thinned to a coreset.
 
     Args:
         model (LAKEModel): Fitted model.
@@ -134,6 +135,23 @@ def read_fitted(path: str | Path) -> dict[str, Any]:
         msg = f"extend='{path}' is no checkpoint of LAKE. {remedy}"
         raise ValueError(msg)
     return checkpoint
+
+
+def earlier_images(model: LAKEModel, checkpoint: str | Path) -> dict[int, bytes]:
+    """Normal images that were kept for explanations beside a checkpoint.
+
+    Args:
+        model (LAKEModel): The model of the checkpoint.
+        checkpoint (str | Path): Its file.
+
+    Returns:
+        dict[int, bytes]: JPEG files by the number of the image; none where there are none of this model.
+    """
+    for folder in list(Path(checkpoint).absolute().parents)[:2]:  # weights/lightning/model.ckpt, or moved together
+        if (folder / EXAMPLES).is_file():
+            examples = Examples.load(folder / EXAMPLES)
+            return examples.images if examples.learned == digest(model) else {}
+    return {}
 
 
 def _append(bank: NormalityBank, tokens: torch.Tensor, kept: torch.Tensor, numbers: torch.Tensor) -> None:

@@ -30,7 +30,7 @@ from anomalib_spg.explanations.examples import Examples
 from anomalib_spg.explanations.explanation import Explanation
 
 from .explain import explain
-from .extension import Extension, read_fitted
+from .extension import Extension, earlier_images, read_fitted
 from .figures import plot_neurons
 from .neurons import Normalization, Selection
 from .normal_images import draw_normal_images, image_labels
@@ -160,6 +160,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         self.few_shot_source = few_shot_source
         self.extend = extend
         self._extension: Extension | None = None
+        self._earlier_images: dict[int, bytes] = {}
         self._fitted_before: dict[str, Any] = {}  # what the post-processor of the checkpoint to extend knows
         self.class_name = class_name
         self.normal_images: list[str] = []
@@ -253,6 +254,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         self.on_load_checkpoint(checkpoint)
         self.load_state_dict(checkpoint["state_dict"])
         self._extension = Extension(self.model, first=len(self.normal_images))
+        self._earlier_images = earlier_images(self.model, self.extend)
         if isinstance(self.post_processor, GoodPartsPostProcessor):  # which forgets it when the fit starts
             self._fitted_before = copy.deepcopy(self.post_processor.checkpoint_config())
 
@@ -312,10 +314,13 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
     def _finish_extension(self, extension: Extension) -> None:
         """Thin the banks, and set the threshold anew by the good images there are and the new ones.
 
-        What good images scored before the extension counts where they are not at hand again: no score has risen.
+        What good images scored before the extension counts where they are not at hand again: in a larger bank they
+        would score less, if anything.
         """
         left_out = extension.finish()
         self._extension = None
+        if self.examples is not None:
+            self.examples.images.update(self._earlier_images)
         post_processor = self.post_processor
         if isinstance(post_processor, GoodPartsPostProcessor) and left_out.pred_score is not None:
             before, at_hand = self._fitted_before, len(self.held_out or ())
