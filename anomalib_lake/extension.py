@@ -2,7 +2,6 @@
 
 """Further good images for a bank that is filled, for instance parts that were rejected and are good."""
 
-import pickle  # noqa: S403  # only the name of its error
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,8 +41,11 @@ class Extension:
         >>> _ = model.fit()
         >>> extension = Extension(model)
         >>> extension.add(torch.randn(3, 3, 64, 64))
-        >>> extension.finish().pred_score.shape, len(model.banks[0][0].tokens)
-        (torch.Size([3]), 80)
+        >>> extension.left_out().pred_score.shape
+        torch.Size([3])
+        >>> extension.finish()
+        >>> len(model.banks[0][0].tokens)
+        80
     """
 
     def __init__(self, model: LAKEModel, first: int = 0) -> None:
@@ -81,12 +83,11 @@ class Extension:
         self.next += len(images)
 
     @torch.no_grad()
-    def finish(self) -> InferenceBatch:
-        """Thin the banks, after the new images are scored.
+    def left_out(self) -> InferenceBatch:
+        """Compare the first 24 new images with all images but themselves.
 
         Returns:
-            InferenceBatch: What the first 24 new images get when each is compared with all images but itself, corrected
-            as in :meth:`LAKEModel.fit`: an estimate of what a further part like them gets.
+            InferenceBatch: An estimate of what further parts like them get, corrected as in :meth:`LAKEModel.fit`.
 
         Raises:
             ValueError: If there are no new images.
@@ -96,20 +97,25 @@ class Extension:
             raise ValueError(msg)
         model, training = self.model, self.model.training
         model.eval()
+        found = []
         with torch.inference_mode(mode=False):
-            found = []
             for number, image in self._images:
                 with _without(model, number):
                     found.append(model(image))
-            self._images = []
-            for banks in model.banks:
-                for bank in banks:
-                    _thin(bank)
         model.train(training)
         return InferenceBatch(
             pred_score=torch.cat([result.pred_score for result in found]),
             anomaly_map=torch.cat([result.anomaly_map for result in found]),
         )
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Thin banks that have outgrown their size, and forget the images."""
+        self._images = []
+        with torch.inference_mode(mode=False):
+            for banks in self.model.banks:
+                for bank in banks:
+                    _thin(bank)
 
 
 def read_fitted(path: str | Path) -> dict[str, Any]:
@@ -127,7 +133,7 @@ def read_fitted(path: str | Path) -> dict[str, Any]:
     remedy = "Training LAKE leaves one as weights/lightning/model.ckpt in its results folder."
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as exception:
+    except Exception as exception:  # the bytes of another file raise anything
         reason = str(exception).splitlines()[0] if str(exception) else type(exception).__name__
         msg = f"Cannot read the checkpoint extend='{path}': {reason}. {remedy}"
         raise ValueError(msg) from exception

@@ -217,27 +217,26 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             )
         elif stage == "fit":
             training_set = datamodule.train_data
-            known = {_short(path) for path in self.normal_images} if self._extension is not None else set()
-            new = [index for index, (path, _) in enumerate(image_labels(training_set)) if _short(path) not in known]
+            known = _Known(self.normal_images if self._extension is not None else [])
+            new = [index for index, (path, _) in enumerate(image_labels(training_set)) if path not in known]
             drawn, paths = draw_normal_images(
-                training_set.subsample(new) if known else training_set,
+                training_set.subsample(new) if known.paths else training_set,
                 self.k_shot,
                 source=self.few_shot_source,
                 transform=training_set.augmentations,
                 name=datamodule.name,
             )
-            again = [path for path in paths if _short(path) in known]
+            again = [path for path in paths if path in known]
             if again:
                 msg = f"The bank of '{self.extend}' holds {len(again)} of the images already: {', '.join(again[:5])}."
                 raise ValueError(msg)
-            self.normal_images = [*self.normal_images, *paths] if known else paths
+            self.normal_images = [*known.paths, *paths]
             self.held_out = None
             if good_validation_images(datamodule) < ENOUGH:
-                known |= {_short(path) for path in paths}
                 others = [
                     index
                     for index, (path, label) in enumerate(image_labels(training_set))
-                    if label != 1 and _short(path) not in known
+                    if label != 1 and path not in paths and path not in known
                 ]
                 self.held_out = training_set.subsample(choose(others, MOST))
             self.swap_training_set(drawn)
@@ -317,7 +316,9 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         What good images scored before the extension counts where they are not at hand again: in a larger bank they
         would score less, if anything.
         """
-        left_out = extension.finish()
+        with self.trainer.precision_plugin.forward_context():
+            left_out = extension.left_out()
+        extension.finish()
         self._extension = None
         if self.examples is not None:
             self.examples.images.update(self._earlier_images)
@@ -412,6 +413,12 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         return {"gradient_clip_val": 0, "max_epochs": 1, "num_sanity_val_steps": 0, "devices": 1}
 
 
-def _short(path: str) -> tuple[str, ...]:
-    """Folder and name of an image, which tell it apart also where the data lie elsewhere now."""
-    return Path(path).parts[-2:]
+class _Known:
+    """Images that a bank holds: by their path, and where the data lie elsewhere now, by folder and name."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self.paths = paths
+        self._moved = {Path(path).parts[-2:] for path in paths if not Path(path).exists()}
+
+    def __contains__(self, path: str) -> bool:
+        return path in self.paths or Path(path).parts[-2:] in self._moved

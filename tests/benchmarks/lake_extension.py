@@ -95,7 +95,8 @@ def main() -> None:
         larger = copy.deepcopy(model)
         extension = Extension(larger, first=4)
         extension.add(textile.images("test/good", range(TAKEN), change))
-        new = extension.finish().pred_score
+        new = extension.left_out().pred_score
+        extension.finish()
         again = scores(larger, held_out)
         rules = {
             "4 images": (model, before),
