@@ -322,17 +322,22 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         self._extension = None
         if self.examples is not None:
             self.examples.images.update(self._earlier_images)
-        post_processor = self.post_processor
-        if isinstance(post_processor, GoodPartsPostProcessor) and left_out.pred_score is not None:
-            before, at_hand = self._fitted_before, len(self.held_out or ())
-            if at_hand and at_hand >= min(MOST, len(before["scores"]["held_out"])):
+        post_processor, scores = self.post_processor, left_out.pred_score
+        if isinstance(post_processor, GoodPartsPostProcessor) and scores is not None:
+            before = self._fitted_before
+            known = len(before["scores"]["held_out"])
+            at_hand = len(self.held_out or ()) + (len(scores) if self.few_shot_source is None else 0)
+            if known and at_hand >= min(MOST, known):
                 before["scores"]["held_out"], before["pixels"]["held_out"] = [], [0] * len(before["pixels"]["held_out"])
-            else:
+            elif known:
                 self.held_out = None
             post_processor.load_checkpoint_config(before)
-            post_processor.add_good(left_out.pred_score, left_out.anomaly_map)
+            post_processor.add_good(scores, left_out.anomaly_map)
         self.add_good(self.held_out)
         self.place_thresholds()
+        if isinstance(post_processor, GoodPartsPostProcessor) and scores is not None:
+            accepted = int((scores <= post_processor.image_threshold).sum())
+            logger.info("Compared with the others, %d of %d further normal images are accepted.", accepted, len(scores))
 
     def explain(self, images: torch.Tensor, tokens: Tokens | None = None) -> list[Explanation]:
         """Split the scores of images into neurons and text; see :func:`anomalib_lake.explain.explain`.

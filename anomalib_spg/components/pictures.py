@@ -48,7 +48,8 @@ class LogPictures(Callback):
         """Log the pictures of a batch."""
         del pl_module, batch, batch_idx, dataloader_idx
         # The one that runs; that of the model may be another after a checkpoint is loaded.
-        visualizer: Any = next((found for found in trainer.callbacks if isinstance(found, ImageVisualizer)), None)
+        callbacks: Any = getattr(trainer, "callbacks", ())
+        visualizer: Any = next((found for found in callbacks if isinstance(found, ImageVisualizer)), None)
         if visualizer is None or not _image_loggers(trainer) or not outputs.image_path:
             return
         for item in outputs:

@@ -139,6 +139,7 @@ def test_scores_of_images_that_are_not_at_hand(fitted: Path, mvtec: Path, tmp_pa
     model = build(extend=fitted, k_shot=2)
     engine(tmp_path, limit_val_batches=0).fit(model=model, datamodule=data(mvtec))
     assert len(set(model.normal_images)) == 4, "the other two of the four"
+    assert len(model.post_processor._scores["held_out"]) == 2, "each counts once"
     model = build(extend=fitted, k_shot=3)
     with pytest.raises(ValueError, match="k_shot=3 asks for more normal images than the 2 in"):
         engine(tmp_path).fit(model=model, datamodule=data(mvtec))
