@@ -32,6 +32,9 @@ class Extension:
         first (int): Number of the first new image; smaller ones belong to the images it was fitted on. Defaults to the
             number after the highest in the banks.
 
+    Attributes:
+        next (int): Number of the next image.
+
     Raises:
         RuntimeError: If the model is not fitted.
 

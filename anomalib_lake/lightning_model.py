@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from anomalib.data import ImageBatch
+from anomalib.data import AnomalibDataset, ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule, MemoryBankMixin
 from anomalib.visualization import Visualizer
@@ -95,6 +95,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
 
     Attributes:
         normal_images (list[str]): Paths of the normal images that were drawn.
+        held_out_images (list[str]): Paths of other good images that set the threshold.
         examples (Examples | None): Set it before fitting to keep the normal images for explanations.
 
     Raises:
@@ -160,10 +161,12 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         self.few_shot_source = few_shot_source
         self.extend = extend
         self._extension: Extension | None = None
+        self._taken: list[str] = []  # paths of the images it has taken in, in their order
         self._earlier_images: dict[int, bytes] = {}
         self._fitted_before: dict[str, Any] = {}  # what the post-processor of the checkpoint to extend knows
         self.class_name = class_name
         self.normal_images: list[str] = []
+        self.held_out_images: list[str] = []
         self.examples: Examples | None = None
         self.model: LAKEModel = LAKEModel(
             backbone=backbone,
@@ -239,13 +242,15 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
                     if label != 1 and path not in paths and path not in known
                 ]
                 self.held_out = training_set.subsample(choose(others, MOST))
+            if self._extension is None:
+                self.held_out_images = _paths(self.held_out)
             self.swap_training_set(drawn)
             shown = ", ".join(paths[:8]) + (", ..." if len(paths) > 8 else "")
             logger.info("LAKE uses %d normal images: %s", len(paths), shown)
 
     def _begin_extension(self) -> None:
         """Restore the fitted model whose bank is to take images in."""
-        self._extension = None
+        self._extension, self._taken = None, []
         if self.extend is None:
             return
         checkpoint = read_fitted(self.extend)
@@ -283,6 +288,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             self.model(images)
         else:
             self._extension.add(images)
+            self._taken += batch.image_path or []
         if self.examples is not None:
             self.examples.add(images, self.model.backbone.mean, self.model.backbone.std, start)
         return self.no_loss()
@@ -313,8 +319,8 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
     def _finish_extension(self, extension: Extension) -> None:
         """Thin the banks, and set the threshold anew by the good images there are and the new ones.
 
-        What good images scored before the extension counts where they are not at hand again: in a larger bank they
-        would score less, if anything.
+        What good images scored before the extension counts where they are not at hand: in a larger bank they would
+        score less, if anything.
         """
         with self.trainer.precision_plugin.forward_context():
             left_out = extension.left_out()
@@ -324,13 +330,16 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             self.examples.images.update(self._earlier_images)
         post_processor, scores = self.post_processor, left_out.pred_score
         if isinstance(post_processor, GoodPartsPostProcessor) and scores is not None:
-            before = self._fitted_before
-            known = len(before["scores"]["held_out"])
-            at_hand = len(self.held_out or ()) + (len(scores) if self.few_shot_source is None else 0)
-            if known and at_hand >= min(MOST, known):
-                before["scores"]["held_out"], before["pixels"]["held_out"] = [], [0] * len(before["pixels"]["held_out"])
-            elif known:
-                self.held_out = None
+            before, paths, at_hand = self._fitted_before, self._taken[: len(scores)], _paths(self.held_out)
+            known = list(zip(self.held_out_images, before["scores"]["held_out"], strict=False))
+            kept = [(path, score) for path, score in known if not _Known([path]).has_any([*paths, *at_hand])]
+            if known and not kept:
+                before["pixels"]["held_out"] = [0] * len(before["pixels"]["held_out"])
+            if len(known) == len(before["scores"]["held_out"]):
+                before["scores"]["held_out"] = [score for _, score in kept]
+            else:  # a checkpoint that does not say which images they are of
+                self.held_out, at_hand = None, []
+            self.held_out_images = [path for path, _ in kept] + paths + at_hand
             post_processor.load_checkpoint_config(before)
             post_processor.add_good(scores, left_out.anomaly_map)
         self.add_good(self.held_out)
@@ -376,6 +385,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         """Make the checkpoint stand alone: restoring it needs neither hub nor weights nor normal images."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["normal_images"] = self.normal_images
+        checkpoint["held_out_images"] = self.held_out_images
         checkpoint["hyper_parameters"] |= {
             **self.identity(),
             "pre_trained": False,
@@ -391,6 +401,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             self.model.compare_with_bank_only()  # an older one: bank and maximum only
         super().on_load_checkpoint(checkpoint)
         self.normal_images = checkpoint.get("normal_images", [])
+        self.held_out_images = checkpoint.get("held_out_images", [])
 
     def identity(self) -> dict[str, Any]:
         """Arguments that decide what a checkpoint's tensors mean."""
@@ -418,6 +429,10 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         return {"gradient_clip_val": 0, "max_epochs": 1, "num_sanity_val_steps": 0, "devices": 1}
 
 
+def _paths(dataset: AnomalibDataset | None) -> list[str]:
+    return [] if dataset is None else [path for path, _ in image_labels(dataset)]
+
+
 class _Known:
     """Images that a bank holds: by their path, and where the data lie elsewhere now, by folder and name."""
 
@@ -427,3 +442,6 @@ class _Known:
 
     def __contains__(self, path: str) -> bool:
         return path in self.paths or Path(path).parts[-2:] in self._moved
+
+    def has_any(self, paths: Sequence[str]) -> bool:
+        return any(path in self for path in paths)

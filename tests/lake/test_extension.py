@@ -120,8 +120,8 @@ def test_never_again(fitted: Path, rejected: Path, mvtec: Path, tmp_path: Path) 
         assert not any(bool(prediction.pred_label) for prediction in found)
     torch.testing.assert_close(model.model.neurons[0].indices, before.model.neurons[0].indices)
     # Held out are the two images of brick that no bank holds, scored anew, and the new ones.
-    scores = model.post_processor._scores
-    assert len(scores["held_out"]) == 2 + 4
+    assert len(model.post_processor._scores["held_out"]) == 2 + 4
+    assert [Path(path).parent.name for path in model.held_out_images] == ["rejected"] * 4 + ["good"] * 2
     again = build(extend=run.best_model_path, **arguments)
     with pytest.raises(ValueError, match=r"holds 4 of the images already: .*rejected/000\.png"):
         engine(tmp_path / "again").fit(model=again, datamodule=data(mvtec))
