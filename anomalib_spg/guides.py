@@ -142,9 +142,9 @@ def anomaly_probability(
 class _Coefficients(nn.Module):
     """The learnable coefficients, as a module of which ``AveragedModel`` can keep an average."""
 
-    def __init__(self, num_atoms: int, top_k: int | None) -> None:
+    def __init__(self, num_atoms: int, top_k: int | None, start: torch.Tensor | None = None) -> None:
         super().__init__()
-        self.raw = nn.Parameter(0.1 + 0.01 * torch.randn(4, num_atoms))
+        self.raw = nn.Parameter(0.1 + 0.01 * torch.randn(4, num_atoms) if start is None else start.clone())
         self.top_k = top_k
 
     def forward(self) -> torch.Tensor:
@@ -185,6 +185,7 @@ def train_guides(
     learning_rate: float = 1e-2,
     log: Callable[[dict[str, float]], None] = lambda _: None,
     description: str = "guides",
+    learn_on: bool = False,
 ) -> None:
     """Learn the four guides on stored tokens and masks.
 
@@ -204,6 +205,8 @@ def train_guides(
         learning_rate (float): Adam's step size. Defaults to 1e-2 (paper).
         log (Callable): Receives the mean losses after every epoch.
         description (str): Name shown beside the progress bar.
+        learn_on (bool): Start from what the guides are, over their atoms, in the place of a dictionary: weights move,
+            and an atom that a guide does not use stays out of it (ours). Defaults to ``False``.
 
     Raises:
         ValueError: If no atom is alive, ``guide_top_k`` exceeds the living atoms, or ``sparsity`` leaves no atom.
@@ -211,10 +214,13 @@ def train_guides(
     device = guides.vectors.device
     patches, pooled, masks = store.patches[layer], store.pooled[layer], store.masks
     sparsity, top_k = settings.sparsity, settings.guide_top_k
-    if dictionary is None or alive is None:
+    if learn_on:
+        atoms, atom_indices = guides.atoms.clone(), guides.atom_indices.clone()
+        coefficients: nn.Module = _Coefficients(len(atoms), top_k, guides.coefficients)
+    elif dictionary is None or alive is None:
         atoms = torch.eye(guides.vectors.shape[1], device=device)
         mean = torch.stack([tokens.float().mean(dim=0) for tokens in patches]).mean(dim=0)
-        coefficients: nn.Module = _FreeVectors(mean.to(device))
+        coefficients = _FreeVectors(mean.to(device))
         sparsity = 0.0
     else:
         atom_indices = torch.nonzero(alive).squeeze(1)
@@ -268,7 +274,7 @@ def train_guides(
 
     with torch.no_grad():
         learned = averaged.module()
-        if dictionary is None:  # each guide is its own atom
+        if dictionary is None and not learn_on:  # each guide is its own atom
             guides.set(F.normalize(learned, dim=1), torch.arange(4, device=device), torch.diag(learned.norm(dim=1)))
             return
         guides.set(atoms, atom_indices, learned)

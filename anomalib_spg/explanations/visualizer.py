@@ -123,7 +123,7 @@ class ExplanationVisualizer(ImageVisualizer):
         """Start to keep training images."""
         del trainer
         model = cast("_Model", pl_module)
-        if getattr(model, "guides_file", None) is None:  # else nothing is learned
+        if getattr(model, "learns", True):
             model.examples = Examples(patch_size=model.model.backbone.patch_size)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
