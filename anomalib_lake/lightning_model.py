@@ -159,7 +159,8 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         self.seed = seed
         self.k_shot = k_shot
         self.few_shot_source = few_shot_source
-        self.extend = extend
+        # Now, since anomalib lets `latest` be the folder of the run that is about to begin.
+        self.extend = None if extend is None else Path(extend).resolve()
         self._extension: Extension | None = None
         self._taken: list[str] = []  # paths of the images it has taken in, in their order
         self._earlier_images: dict[int, bytes] = {}

@@ -215,8 +215,9 @@ def train_guides(
     patches, pooled, masks = store.patches[layer], store.pooled[layer], store.masks
     sparsity, top_k = settings.sparsity, settings.guide_top_k
     if learn_on:
-        atoms, atom_indices = guides.atoms.clone(), guides.atom_indices.clone()
-        coefficients: nn.Module = _Coefficients(len(atoms), top_k, guides.coefficients)
+        atoms, atom_indices = guides.atoms.float(), guides.atom_indices
+        _check_top_k(top_k, len(atoms), "atoms of the guides")
+        coefficients: nn.Module = _Coefficients(len(atoms), top_k, guides.coefficients.float())
     elif dictionary is None or alive is None:
         atoms = torch.eye(guides.vectors.shape[1], device=device)
         mean = torch.stack([tokens.float().mean(dim=0) for tokens in patches]).mean(dim=0)
@@ -227,9 +228,7 @@ def train_guides(
         if not len(atom_indices):
             msg = "No atom of the dictionary fires on the training images; train the autoencoder longer (sae_epochs)."
             raise ValueError(msg)
-        if top_k is not None and not 1 <= top_k <= len(atom_indices):
-            msg = f"guide_top_k={top_k} must lie between 1 and the {len(atom_indices)} atoms that fire on the images."
-            raise ValueError(msg)
+        _check_top_k(top_k, len(atom_indices), "atoms that fire on the images")
         atoms = dictionary.detach()[atom_indices]
         coefficients = _Coefficients(len(atoms), top_k).to(device)
     broadcast(coefficients.parameters())
@@ -293,6 +292,12 @@ def train_guides(
         f"{name} {int(n)}" for name, n in zip(GUIDE_NAMES, (guides.coefficients > 0).sum(1), strict=True)
     )
     logger.info("%s: atoms in use of %d alive: %s.", description, len(atom_indices), counts)
+
+
+def _check_top_k(top_k: int | None, count: int, what: str) -> None:
+    if top_k is not None and not 1 <= top_k <= count:
+        msg = f"guide_top_k={top_k} must lie between 1 and the {count} {what}."
+        raise ValueError(msg)
 
 
 def save_guides(path: str | Path, guides: Sequence[Guides], metadata: dict[str, Any]) -> Path:

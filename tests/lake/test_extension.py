@@ -157,6 +157,17 @@ def test_explanations_know_all_images(fitted: Path, rejected: Path, mvtec: Path,
     assert {number: examples.images[number] for number in (0, 1)} == earlier.images
 
 
+def test_the_latest_run_is_the_one_before(fitted: Path, mvtec: Path, tmp_path: Path) -> None:
+    """anomalib's link to the newest results leads elsewhere once the run has begun."""
+    shutil.copytree(fitted.parents[2], tmp_path / "v0")
+    (tmp_path / "latest").symlink_to("v0")
+    model = build(extend=tmp_path / "latest/weights/lightning" / fitted.name, k_shot=1)
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").symlink_to("v1")
+    engine(tmp_path / "run", limit_val_batches=0).fit(model=model, datamodule=data(mvtec))
+    assert model.model.banks[0][0].image_indices.unique().tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
