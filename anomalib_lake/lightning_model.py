@@ -146,6 +146,9 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         if k_shot is not None and k_shot < 1:
             msg = f"k_shot={k_shot} must be at least 1; leave it null to use every normal image."
             raise ValueError(msg)
+        if extend is not None and not Path(extend).is_file():
+            msg = f"extend='{extend}' is no file. Give the checkpoint of a fitted LAKE, weights/lightning/model.ckpt."
+            raise ValueError(msg)
         size = self.resolve_image_size(image_size, backbone)
         check_seed(seed)
         super().__init__(

@@ -171,8 +171,8 @@ def test_the_latest_run_is_the_one_before(fitted: Path, mvtec: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"Cannot read the checkpoint extend='.*other\.ckpt'.*weights/lightning/model\.ckpt"),
-        (b"text", r"Cannot read the checkpoint extend='.*other\.ckpt'"),
+        (None, r"extend='.*other\.ckpt' is no file.*weights/lightning/model\.ckpt"),
+        (b"text", r"Cannot read the checkpoint extend='.*other\.ckpt'.*weights/lightning/model\.ckpt"),
         ({"state_dict": {}}, r"extend='.*other\.ckpt' is no checkpoint of LAKE"),
     ],
 )
