@@ -5,13 +5,14 @@
 Reference: Latent Anomaly Knowledge Excavation (arXiv 2604.07802).
 """
 
+import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from anomalib.data import ImageBatch
+from anomalib.data import AnomalibDataset, ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule, MemoryBankMixin
 from anomalib.visualization import Visualizer
@@ -30,6 +31,7 @@ from anomalib_spg.explanations.examples import Examples
 from anomalib_spg.explanations.explanation import Explanation
 
 from .explain import explain
+from .extension import Extension, earlier_images, read_fitted
 from .figures import plot_neurons
 from .neurons import Normalization, Selection
 from .text import prompts
@@ -58,6 +60,8 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         k_shot (int | None): Normal images to use, drawn with the seed; ``None`` for all, however many: memory and the
             time per test image stay bounded, see :class:`LAKEModel`. Defaults to 4 (ours).
         few_shot_source (str | Path | None): Folder of normal images to draw from instead of the training set.
+        extend (str | Path | None): Checkpoint of a fitted LAKE whose bank takes the normal images in, instead of a new
+            bank of them alone. Neurons and text stay; the threshold is set anew. Defaults to ``None``.
         num_neurons (int): Sensitive neurons per layer, K, at least 2. Defaults to 100 (paper).
         selection (Literal["variance", "random", "lowest", "pca", "all"]): Rule that chooses them: variance (paper), or
             a control.
@@ -92,6 +96,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
 
     Attributes:
         normal_images (list[str]): Paths of the normal images that were drawn.
+        held_out_images (list[str]): Paths of other good images that set the threshold.
         examples (Examples | None): Set it before fitting to keep the normal images for explanations.
 
     Raises:
@@ -118,6 +123,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         image_size: int | tuple[int, int] | None = None,
         k_shot: int | None = 4,
         few_shot_source: str | Path | None = None,
+        extend: str | Path | None = None,
         num_neurons: int = 100,
         selection: Selection = "variance",
         normalization: Normalization = "after",
@@ -141,6 +147,9 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         if k_shot is not None and k_shot < 1:
             msg = f"k_shot={k_shot} must be at least 1; leave it null to use every normal image."
             raise ValueError(msg)
+        if extend is not None and not Path(extend).is_file():
+            msg = f"extend='{extend}' is no file. Give the checkpoint of a fitted LAKE, weights/lightning/model.ckpt."
+            raise ValueError(msg)
         size = self.resolve_image_size(image_size, backbone)
         check_seed(seed)
         super().__init__(
@@ -154,8 +163,15 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         self.seed = seed
         self.k_shot = k_shot
         self.few_shot_source = few_shot_source
+        # Now, since anomalib lets `latest` be the folder of the run that is about to begin.
+        self.extend = None if extend is None else Path(extend).resolve()
+        self._extension: Extension | None = None
+        self._taken: list[str] = []  # paths of the images it has taken in, in their order
+        self._earlier_images: dict[int, bytes] = {}
+        self._fitted_before: dict[str, Any] = {}  # what the post-processor of the checkpoint to extend knows
         self.class_name = class_name
         self.normal_images: list[str] = []
+        self.held_out_images: list[str] = []
         self.examples: Examples | None = None
         self.model: LAKEModel = LAKEModel(
             backbone=backbone,
@@ -200,6 +216,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             seed_everything(self.seed, workers=True)
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if stage == "fit":
+            self._begin_extension()
             self.begin_fit()
             self.model.forget()  # what a fit that failed has left
         if stage == "fit" and datamodule is None:
@@ -208,28 +225,51 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             )
         elif stage == "fit":
             training_set = datamodule.train_data
-            drawn, self.normal_images = draw_normal_images(
-                training_set,
+            known = _Known(self.normal_images if self._extension is not None else [])
+            new = [index for index, (path, _) in enumerate(image_labels(training_set)) if path not in known]
+            drawn, paths = draw_normal_images(
+                training_set.subsample(new) if known.paths else training_set,
                 self.k_shot,
                 source=self.few_shot_source,
                 transform=training_set.augmentations,
                 name=datamodule.name,
             )
+            again = [path for path in paths if path in known]
+            if again:
+                msg = f"The bank of '{self.extend}' holds {len(again)} of the images already: {', '.join(again[:5])}."
+                raise ValueError(msg)
+            self.normal_images = [*known.paths, *paths]
             self.held_out = None
             if good_validation_images(datamodule) < ENOUGH:
                 others = [
                     index
                     for index, (path, label) in enumerate(image_labels(training_set))
-                    if label != 1 and path not in self.normal_images
+                    if label != 1 and path not in paths and path not in known
                 ]
                 self.held_out = training_set.subsample(choose(others, MOST))
+            if self._extension is None:
+                self.held_out_images = _paths(self.held_out)
             self.swap_training_set(drawn)
-            shown = ", ".join(self.normal_images[:8]) + (", ..." if len(self.normal_images) > 8 else "")
-            logger.info("LAKE uses %d normal images: %s", len(self.normal_images), shown)
-            need = self.model.memory_need(len(self.normal_images)) / 2**30
+            shown = ", ".join(paths[:8]) + (", ..." if len(paths) > 8 else "")
+            logger.info("LAKE uses %d normal images: %s", len(paths), shown)
+            need = self.model.memory_need(len(paths)) / 2**30
             if need > 1:
                 remedy = " Give bank_size to bound it." if self.model.banks[0][0].size is None else ""
                 logger.info("Learning from them takes up to %.1f GiB of memory beside the backbone.%s", need, remedy)
+
+    def _begin_extension(self) -> None:
+        """Restore the fitted model whose bank is to take images in."""
+        self._extension, self._taken = None, []
+        if self.extend is None:
+            return
+        checkpoint = read_fitted(self.extend)
+        checkpoint.pop("anomalib_components_enabled", None)  # which components there are is this run's affair
+        self.on_load_checkpoint(checkpoint)
+        self.load_state_dict(checkpoint["state_dict"])
+        self._extension = Extension(self.model, first=len(self.normal_images))
+        self._earlier_images = earlier_images(self.model, self.extend)
+        if isinstance(self.post_processor, GoodPartsPostProcessor):  # which forgets it when the fit starts
+            self._fitted_before = copy.deepcopy(self.post_processor.checkpoint_config())
 
     def training_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Store the patch tokens of a batch of normal images.
@@ -243,7 +283,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             STEP_OUTPUT: A dummy loss for Lightning.
         """
         del args, kwargs
-        start = self.model.num_stored
+        start = self.model.num_stored if self._extension is None else self._extension.next
         images = cast("torch.Tensor", batch.image)
         is_blank = (images.amax(dim=(2, 3)) == images.amin(dim=(2, 3))).all(dim=1).tolist()
         blank = [path for path, found in zip(batch.image_path or [], is_blank, strict=False) if found]
@@ -253,13 +293,20 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
                 len(blank),
                 ", ".join(blank),
             )
-        self.model(images)
+        if self._extension is None:
+            self.model(images)
+        else:
+            self._extension.add(images)
+            self._taken += batch.image_path or []
         if self.examples is not None:
             self.examples.add(images, self.model.backbone.mean, self.model.backbone.std, start)
         return self.no_loss()
 
     def fit(self) -> None:
-        """Choose the sensitive neurons and fill the banks from the stored tokens."""
+        """Choose the sensitive neurons and fill the banks from the stored tokens, or take new ones into the banks."""
+        if self._extension is not None:
+            self._finish_extension(self._extension)
+            return
         name = self.class_name or getattr(getattr(self.trainer, "datamodule", None), "category", None) or "object"
         left_out = self.model.fit(str(name))
         if isinstance(self.post_processor, GoodPartsPostProcessor):
@@ -277,6 +324,38 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             self.model.layers,
             self.model.scales,
         )
+
+    def _finish_extension(self, extension: Extension) -> None:
+        """Thin the banks, and set the threshold anew by the good images there are and the new ones.
+
+        What good images scored before the extension counts where they are not at hand: in a larger bank they would
+        score less, if anything.
+        """
+        with self.trainer.precision_plugin.forward_context():
+            left_out = extension.left_out()
+        extension.finish()
+        self._extension = None
+        if self.examples is not None:
+            self.examples.images.update(self._earlier_images)
+        post_processor, scores = self.post_processor, left_out.pred_score
+        if isinstance(post_processor, GoodPartsPostProcessor) and scores is not None:
+            before, paths, at_hand = self._fitted_before, self._taken[: len(scores)], _paths(self.held_out)
+            known = list(zip(self.held_out_images, before["scores"]["held_out"], strict=False))
+            kept = [(path, score) for path, score in known if not _Known([path]).has_any([*paths, *at_hand])]
+            if known and not kept:
+                before["pixels"]["held_out"] = [0] * len(before["pixels"]["held_out"])
+            if len(known) == len(before["scores"]["held_out"]):
+                before["scores"]["held_out"] = [score for _, score in kept]
+            else:  # a checkpoint that does not say which images they are of
+                self.held_out, at_hand = None, []
+            self.held_out_images = [path for path, _ in kept] + paths + at_hand
+            post_processor.load_checkpoint_config(before)
+            post_processor.add_good(scores, left_out.anomaly_map)
+        self.add_good(self.held_out)
+        self.place_thresholds()
+        if isinstance(post_processor, GoodPartsPostProcessor) and scores is not None:
+            accepted = int((scores <= post_processor.image_threshold).sum())
+            logger.info("Compared with the others, %d of %d further normal images are accepted.", accepted, len(scores))
 
     def explain(self, images: torch.Tensor, tokens: Tokens | None = None) -> list[Explanation]:
         """Split the scores of images into neurons and text; see :func:`anomalib_lake.explain.explain`.
@@ -315,11 +394,13 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         """Make the checkpoint stand alone: restoring it needs neither hub nor weights nor normal images."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["normal_images"] = self.normal_images
+        checkpoint["held_out_images"] = self.held_out_images
         checkpoint["hyper_parameters"] |= {
             **self.identity(),
             "pre_trained": False,
             "weights": None,
             "few_shot_source": None,
+            "extend": None,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -329,6 +410,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             self.model.compare_with_bank_only()  # an older one: bank and maximum only
         super().on_load_checkpoint(checkpoint)
         self.normal_images = checkpoint.get("normal_images", [])
+        self.held_out_images = checkpoint.get("held_out_images", [])
 
     def identity(self) -> dict[str, Any]:
         """Arguments that decide what a checkpoint's tensors mean."""
@@ -354,3 +436,21 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             dict[str, Any]: One epoch on one device, because the normal images are passed once.
         """
         return {"gradient_clip_val": 0, "max_epochs": 1, "num_sanity_val_steps": 0, "devices": 1}
+
+
+def _paths(dataset: AnomalibDataset | None) -> list[str]:
+    return [] if dataset is None else [path for path, _ in image_labels(dataset)]
+
+
+class _Known:
+    """Images that a bank holds: by their path, and where the data lie elsewhere now, by folder and name."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self.paths = paths
+        self._moved = {Path(path).parts[-2:] for path in paths if not Path(path).exists()}
+
+    def __contains__(self, path: str) -> bool:
+        return path in self.paths or Path(path).parts[-2:] in self._moved
+
+    def has_any(self, paths: Sequence[str]) -> bool:
+        return any(path in self for path in paths)

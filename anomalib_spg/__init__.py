@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .components.post_processor import GoodPartsPostProcessor
     from .components.raw_scores import RawScorePostProcessor
+    from .components.regions import defects
     from .datamodule import AuxiliaryTarget
     from .explanations.visualizer import ExplanationVisualizer
     from .few_shot import FewShot
@@ -30,6 +31,7 @@ __all__ = [
     "GuideSettings",
     "RawScorePostProcessor",
     "SPGModel",
+    "defects",
 ]
 
 # Where each public name lives. They are imported on first use: this package also holds the plugin hook, which is
@@ -40,6 +42,7 @@ _MODULES = {
     "GuideSettings": "settings",
     "GoodPartsPostProcessor": "components.post_processor",
     "RawScorePostProcessor": "components.raw_scores",
+    "defects": "components.regions",
     "AuxiliaryTarget": "datamodule",
     "FewShot": "few_shot",
     "ExplanationVisualizer": "explanations.visualizer",

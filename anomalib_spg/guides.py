@@ -143,9 +143,9 @@ def anomaly_probability(
 class _Coefficients(nn.Module):
     """The learnable coefficients, as a module of which ``AveragedModel`` can keep an average."""
 
-    def __init__(self, num_atoms: int, top_k: int | None) -> None:
+    def __init__(self, num_atoms: int, top_k: int | None, start: torch.Tensor | None = None) -> None:
         super().__init__()
-        self.raw = nn.Parameter(0.1 + 0.01 * torch.randn(4, num_atoms))
+        self.raw = nn.Parameter(0.1 + 0.01 * torch.randn(4, num_atoms) if start is None else start.clone())
         self.top_k = top_k
 
     def forward(self) -> torch.Tensor:
@@ -186,6 +186,7 @@ def train_guides(
     learning_rate: float = 1e-2,
     log: Callable[[dict[str, float]], None] = lambda _: None,
     description: str = "guides",
+    learn_on: bool = False,
 ) -> None:
     """Learn the four guides on stored tokens and masks.
 
@@ -205,6 +206,8 @@ def train_guides(
         learning_rate (float): Adam's step size. Defaults to 1e-2 (paper).
         log (Callable): Receives the mean losses after every epoch.
         description (str): Name shown beside the progress bar.
+        learn_on (bool): Start from what the guides are, over their atoms, in the place of a dictionary: weights move,
+            and an atom that a guide does not use stays out of it (ours). Defaults to ``False``.
 
     Raises:
         ValueError: If no atom is alive, ``guide_top_k`` exceeds the living atoms, or ``sparsity`` leaves no atom.
@@ -212,19 +215,21 @@ def train_guides(
     device = guides.vectors.device
     patches, pooled, masks = store.patches[layer], store.pooled[layer], store.masks
     sparsity, top_k = settings.sparsity, settings.guide_top_k
-    if dictionary is None or alive is None:
+    if learn_on:
+        atoms, atom_indices = guides.atoms.float(), guides.atom_indices
+        _check_top_k(top_k, len(atoms), "atoms of the guides")
+        coefficients: nn.Module = _Coefficients(len(atoms), top_k, guides.coefficients.float())
+    elif dictionary is None or alive is None:
         atoms = torch.eye(guides.vectors.shape[1], device=device)
         mean = torch.stack([tokens.float().mean(dim=0) for tokens in patches]).mean(dim=0)
-        coefficients: nn.Module = _FreeVectors(mean.to(device))
+        coefficients = _FreeVectors(mean.to(device))
         sparsity = 0.0
     else:
         atom_indices = torch.nonzero(alive).squeeze(1)
         if not len(atom_indices):
             msg = "No atom of the dictionary fires on the training images; train the autoencoder longer (sae_epochs)."
             raise ValueError(msg)
-        if top_k is not None and not 1 <= top_k <= len(atom_indices):
-            msg = f"guide_top_k={top_k} must lie between 1 and the {len(atom_indices)} atoms that fire on the images."
-            raise ValueError(msg)
+        _check_top_k(top_k, len(atom_indices), "atoms that fire on the images")
         atoms = dictionary.detach()[atom_indices]
         coefficients = _Coefficients(len(atoms), top_k).to(device)
     broadcast(coefficients.parameters())
@@ -269,7 +274,7 @@ def train_guides(
 
     with torch.no_grad():
         learned = averaged.module()
-        if dictionary is None:  # each guide is its own atom
+        if dictionary is None and not learn_on:  # each guide is its own atom
             guides.set(F.normalize(learned, dim=1), torch.arange(4, device=device), torch.diag(learned.norm(dim=1)))
             return
         guides.set(atoms, atom_indices, learned)
@@ -288,6 +293,12 @@ def train_guides(
         f"{name} {int(n)}" for name, n in zip(GUIDE_NAMES, (guides.coefficients > 0).sum(1), strict=True)
     )
     logger.info("%s: atoms in use of %d alive: %s.", description, len(atom_indices), counts)
+
+
+def _check_top_k(top_k: int | None, count: int, what: str) -> None:
+    if top_k is not None and not 1 <= top_k <= count:
+        msg = f"guide_top_k={top_k} must lie between 1 and the {count} {what}."
+        raise ValueError(msg)
 
 
 def save_guides(path: str | Path, guides: Sequence[Guides], metadata: dict[str, Any]) -> Path:

@@ -65,6 +65,8 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             448, or 518 for CLIP (paper).
         guides_file (str | Path | None): Guides file, a local one or ``hf://owner/repository/path/file.safetensors``;
             nothing is learned then. Defaults to ``None``.
+        learn_on (bool): Learn on from the guides file, on images of your own: its atoms stay, their weights in the
+            guides move (ours). Defaults to ``False``.
         hold_out (float): Share of the normal training images, at most 100, that is not learned from and sets the
             threshold, unless validation has enough good images. 0 learns from all, for guides to be used elsewhere.
             Without effect on labelled data and below 8 images. Defaults to 0.25 (ours).
@@ -129,6 +131,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         weights: str | Path | None = None,
         image_size: int | tuple[int, int] | None = None,
         guides_file: str | Path | None = None,
+        learn_on: bool = False,
         hold_out: float = 0.25,
         views: int = 8,
         dictionary: bool = True,
@@ -161,6 +164,9 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         if views < 1:
             msg = f"views={views} must be at least 1: how many times anomalies are drawn on each normal image."
             raise ValueError(msg)
+        if learn_on and guides_file is None:
+            msg = "learn_on=True learns on from guides: give their file, guides_file=<file>."
+            raise ValueError(msg)
         if not memory_limit >= 0:
             msg = f"memory_limit={memory_limit} must not be negative: the most GiB of memory that tokens may take."
             raise ValueError(msg)
@@ -176,6 +182,9 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             ema_warmup=ema_warmup,
         )
         stored = read_guides(guides_file)[1] if guides_file is not None else {}
+        if learn_on and not stored.get("settings", {}).get("dictionary", True):
+            msg = f"learn_on=True weighs atoms anew; the guides in '{guides_file}' are free vectors, without atoms."
+            raise ValueError(msg)
         backbone = backbone or stored.get("backbone", DEFAULT_BACKBONE)
         size = self.resolve_image_size(image_size if image_size is not None else stored.get("image_size"), backbone)
         check_seed(seed)
@@ -188,6 +197,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             visualizer=visualizer,
         )
         self.guides_file = guides_file
+        self.learn_on = learn_on
         self.settings = settings
         self.seed = seed
         self.memory_limit = memory_limit
@@ -250,7 +260,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         def chosen(count: int) -> list[int]:  # by the first process, whose seed may be another
             return self.trainer.strategy.broadcast(choose(everything, count))
 
-        if self.guides_file is not None:
+        if not self.learns:
             self.held_out = dataset.subsample(chosen(MOST))
         elif len(dataset) < FEWEST or self.hold_out == 0:
             self._learned = dataset.subsample(chosen(MOST))
@@ -269,7 +279,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             OSError: If the disk of ``tokens_dir`` is too small for them.
         """
         super().on_train_start()
-        if self.guides_file is not None:
+        if not self.learns:
             logger.info("SPG uses the guides in %s; nothing is trained.", self.guides_file)
             return
         loader: Any = self.trainer.train_dataloader
@@ -290,6 +300,11 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             memory_need(backbone, total, size) / GIB,
             place,
         )
+
+    @property
+    def learns(self) -> bool:
+        """Whether a fit learns: without a guides file, or on from it."""
+        return self.guides_file is None or self.learn_on
 
     def _tokens_identity(self, dataset: Any) -> dict[str, Any]:  # noqa: ANN401
         """What decides the tokens: a run for which all of this is equal may go on from stored ones."""
@@ -332,7 +347,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             ValueError: If an image labelled anomalous has no mask.
         """
         del args, kwargs
-        if self.guides_file is None:
+        if self.learns:
             loader: Any = self.trainer.train_dataloader
             labelled = self._is_labelled(loader.dataset)
             whole = cast("torch.Tensor", batch.image)
@@ -366,7 +381,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
 
     def fit(self) -> None:
         """Learn dictionary and guides from the stored tokens, and save the guides file."""
-        if self.guides_file is not None:
+        if not self.learns:
             self.add_good(self.held_out)
             self.place_thresholds()
             return
@@ -379,7 +394,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             if self.examples is not None:
                 self.examples.find(block, guides.atoms, guides.atom_indices, patches)
 
-        self.model.fit(self.settings, log, learned)
+        self.model.fit(self.settings, log, learned, self.learn_on)
         datamodule = getattr(self.trainer, "datamodule", None)
         loader: Any = self.trainer.train_dataloader
         path = Path(self.trainer.default_root_dir) / "weights" / "guides.safetensors"
@@ -442,6 +457,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             "pre_trained": False,
             "weights": None,
             "guides_file": None,
+            "learn_on": False,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -474,4 +490,4 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
                 guides file a single batch, because nothing is learned.
         """
         arguments = {"gradient_clip_val": 0, "max_epochs": 1, "num_sanity_val_steps": 0}
-        return arguments | ({"limit_train_batches": 1} if self.guides_file is not None else {})
+        return arguments | ({} if self.learns else {"limit_train_batches": 1})

@@ -31,6 +31,8 @@ from .token_store import TokenStore
 
 logger = logging.getLogger(__name__)
 
+STAGE_2 = ("guide_epochs", "guide_top_k", "sparsity", "ema_decay", "ema_warmup")  # settings of the guides alone
+
 
 class SPGModel(nn.Module):
     """Frozen backbone, sparse dictionary and four guides.
@@ -237,6 +239,7 @@ class SPGModel(nn.Module):
         settings: GuideSettings | None = None,
         log: Callable[[dict[str, float], int], None] = lambda *_: None,
         learned: Callable[[int, Guides, list[torch.Tensor]], None] = lambda *_: None,
+        learn_on: bool = False,
     ) -> None:
         """Learn dictionary and guides from the stored tokens, layer by layer, and forget the tokens.
 
@@ -247,6 +250,8 @@ class SPGModel(nn.Module):
             log (Callable): Receives losses by name and the epoch they belong to.
             learned (Callable): Called after every layer with its block, its guides, and the patch tokens ``(N, D)``
                 of every training image, which are forgotten afterwards.
+            learn_on (bool): Keep the atoms of the guides there are, and learn on from their coefficients: stage 2
+                alone. Defaults to ``False``.
 
         Raises:
             ValueError: If nothing was stored, no image, or every image, is anomalous, or no mask marks anything.
@@ -276,7 +281,7 @@ class SPGModel(nn.Module):
                 start = time.perf_counter()
                 recorder = _EpochLog(log, f"block{block}")
                 atoms = alive = None
-                if settings.dictionary:
+                if settings.dictionary and not learn_on:
                     sae = TopKSAE(self.backbone.embed_dim, settings.num_atoms, settings.k).to(device)
                     name = f"dictionary, block {block}"
                     alive = train_sae(sae, store.patches[layer], settings.sae_epochs, log=recorder, description=name)
@@ -293,12 +298,14 @@ class SPGModel(nn.Module):
                     self.temperature,
                     log=_EpochLog(log, f"block{block}"),
                     description=f"guides, block {block}",
+                    learn_on=learn_on,
                 )
                 learned(block, self.guides[layer], store.patches[layer])
                 store.patches[layer], store.pooled[layer] = [], []
                 self.seconds["sae"] += middle - start
                 self.seconds["guides"] += time.perf_counter() - middle
-        self.settings = asdict(settings)
+        own = {name: value for name, value in asdict(settings).items() if not learn_on or name in STAGE_2}
+        self.settings = {**self.settings, **own} if learn_on else own
         if store.path is None:
             store.clear()
 

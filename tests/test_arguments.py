@@ -44,6 +44,7 @@ OF_SPG: list[tuple[dict[str, Any], str]] = [
     ({"hold_out": 1.0}, r"hold_out=1\.0 must lie in \[0, 1\)"),
     ({"hold_out": NAN}, "hold_out=nan"),
     ({"views": 0}, "views=0 must be at least 1"),
+    ({"learn_on": True}, r"learn_on=True learns on from guides.*guides_file"),
     ({"memory_limit": -1}, "memory_limit=-1 must not be negative"),
     ({"memory_limit": NAN}, "memory_limit=nan"),
     ({"num_atoms": 0}, "num_atoms=0"),
@@ -67,6 +68,7 @@ OF_SPG: list[tuple[dict[str, Any], str]] = [
 ]
 OF_LAKE: list[tuple[dict[str, Any], str]] = [
     ({"k_shot": 0}, "k_shot=0 must be at least 1"),
+    ({"extend": "none.ckpt"}, r"extend='none\.ckpt' is no file"),
     ({"num_neurons": 0}, "num_neurons=0 must be at least 1"),
     ({"num_neurons": 1}, "num_neurons=1 .* only a sign"),
     ({"num_neurons": 193}, "num_neurons=193 exceeds the 192 channels"),

@@ -12,9 +12,9 @@ import torch
 from anomalib.data import ImageBatch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import ExifTags, Image
-from skimage.measure import label, regionprops
 
 from .files import atomic_write
+from .regions import defects_of
 
 logger = logging.getLogger(__name__)
 
@@ -25,11 +25,11 @@ class DecisionTable(Callback):
     """After predictions, write ``predictions.csv`` to the results folder, and say how many images are rejected.
 
     A row for each image: its path, shown score and threshold, ``rejected`` or ``accepted``, the share of it that is
-    outlined, and the boxes around the outlined places, the largest first, as ``left top right bottom`` in pixels of the
-    image file, several divided by ``;``. Pixels count as they are stored, which is how anomalib reads them: a rotation
-    that EXIF asks for is not applied, and a warning says where viewers apply it. Where a score is not finite, the
-    decision is ``rejected`` and the score empty. An earlier table is kept: the next one is called
-    ``predictions_2.csv``.
+    outlined, and the defects, the largest first, divided by ``;``: their boxes as ``left top right bottom`` in pixels
+    of the image file, how many pixels they have, and their highest score. Contours: :func:`.regions.defects`. Pixels
+    count as they are stored, which is how anomalib reads them: a rotation that EXIF asks for is not applied, and a
+    warning says where viewers apply it. Where a score is not finite, the decision is ``rejected`` and the score empty.
+    An earlier table is kept: the next one is called ``predictions_2.csv``.
     """
 
     def __init__(self) -> None:
@@ -57,14 +57,17 @@ class DecisionTable(Callback):
         threshold = float(post_processor.normalized_image_threshold)
         for index, path in enumerate(outputs.image_path):
             score = float(outputs.pred_score[index])
-            mask = None if outputs.pred_mask is None else outputs.pred_mask[index].squeeze().bool().cpu().numpy()
+            mask = None if outputs.pred_mask is None else outputs.pred_mask[index]
+            found = defects_of(outputs, index)
             self._rows.append({
                 "image": str(path),
                 "score": round(score, 6) if np.isfinite(score) else None,
                 "threshold": round(threshold, 6),
                 "decision": "rejected" if bool(outputs.pred_label[index]) else "accepted",
-                "outlined": 0.0 if mask is None else round(float(mask.mean()), 6),
-                "boxes": "" if mask is None else "; ".join(" ".join(map(str, box)) for box in boxes(mask, path)),
+                "outlined": 0.0 if mask is None else round(float(mask.float().mean()), 6),
+                "boxes": "; ".join(" ".join(map(str, defect.box)) for defect in found),
+                "box_pixels": "; ".join(str(defect.area) for defect in found),
+                "box_scores": "; ".join(f"{defect.score:.3f}" for defect in found),
             })
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -107,39 +110,6 @@ class DecisionTable(Callback):
                 len(broken),
                 ", ".join(broken[:5]),
             )
-
-
-def boxes(mask: np.ndarray, path: str | Path) -> list[tuple[int, int, int, int]]:
-    """Boxes around the connected places of a mask, in pixels of the image file, the largest place first.
-
-    Args:
-        mask (np.ndarray): Boolean mask ``(h, w)`` of any size.
-        path (str | Path): Image file, of which only the size is read; pixels count as stored, whatever EXIF says.
-
-    Returns:
-        list[tuple[int, int, int, int]]: Left, top, right and bottom, the latter two exclusive.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     Image.new("L", (80, 40)).save(f"{folder}/part.png")
-        ...     boxes(np.eye(4, dtype=bool)[:2], f"{folder}/part.png")
-        [(0, 0, 40, 40)]
-    """
-    if not mask.any():
-        return []
-    with Image.open(path) as image:
-        width, height = image.size
-    places = sorted(regionprops(label(mask)), key=lambda place: -place.area)
-    return [
-        (
-            int(left * width / mask.shape[1]),
-            int(top * height / mask.shape[0]),
-            -int(-right * width // mask.shape[1]),
-            -int(-bottom * height // mask.shape[0]),
-        )
-        for top, left, bottom, right in (place.bbox for place in places)
-    ]
 
 
 def _is_turned(path: str) -> bool:

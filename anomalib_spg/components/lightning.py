@@ -26,6 +26,7 @@ from .decisions import DecisionTable
 from .evaluator import default_evaluator
 from .export import ExactExports
 from .held_out import batches
+from .pictures import LogPictures
 from .post_processor import GoodPartsPostProcessor
 from .pre_processor import default_pre_processor
 from .precision import check_precision
@@ -122,11 +123,12 @@ class FrozenBackboneMixin(ExactExports):
         return default_evaluator()
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Add callbacks: a table of decisions after predictions, and a look at the images before a run."""
+        """Add callbacks: decisions after predictions, pictures for loggers, and a look at the images before a run."""
         callbacks = super().configure_callbacks()
         return [
             *(callbacks if isinstance(callbacks, Sequence) else [callbacks]),
             DecisionTable(),
+            LogPictures(),
             _RestoreTrainingSet(),
             NameCheckpoint(),
             CheckImages(),  # the last, because it may raise another error when there was one

@@ -17,6 +17,7 @@ from anomalib_spg.components.files import load_tensors, save_tensors
 
 logger = logging.getLogger(__name__)
 
+EXAMPLES = "examples.safetensors"  # name of the file
 FILE_FORMAT = "anomalib_spg.explanations.examples"
 
 

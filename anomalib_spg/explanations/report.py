@@ -44,8 +44,10 @@ OF_IMAGE: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("rejected", "defective"), YES_OR_NO),
     "parts": (list,),
     "other": (dict,),
+    "defects": (list,),
 }
 OF_PART: dict[str, tuple[type, ...]] = {"block": (int,), "unit": (int,), "adds": NUMBER, "share": NUMBER}
+OF_DEFECT: dict[str, tuple[type, ...]] = {"box": (list,), "area": (int,), "score": NUMBER, "contour": (list,)}
 
 
 def read_runs(folder: str | Path) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]:
@@ -112,9 +114,13 @@ def _wrong(run: Any) -> str | None:  # noqa: ANN401  # anything may be in a file
     if not all(isinstance(channels, list) for channels in run.get("neurons", {}).values()):
         return "'neurons' of the run"
     for number, image in enumerate(run["images"]):
-        wrong = odd(image, OF_IMAGE, f"image {number}")
+        wrong = odd({"defects": [], **image} if isinstance(image, dict) else image, OF_IMAGE, f"image {number}")
         wrong = wrong or next(
             filter(None, (odd(part, OF_PART, f"a part of image {number}") for part in image["parts"])), None
+        )
+        wrong = wrong or next(
+            filter(None, (odd(found, OF_DEFECT, f"a defect of image {number}") for found in image.get("defects", []))),
+            None,
         )
         if wrong is None and not all(type(value) in NUMBER for value in image["other"].values()):
             wrong = f"'other' of image {number}"
@@ -159,7 +165,9 @@ def write_report(folder: str | Path, name: str = "index.html") -> Path:
     for path, run in chosen:
         base = Path(os.path.relpath(path, folder))
         images += [
-            image | {"model": run["model"]} | {key: _link(base / image[key]) for key in ("picture", "thumbnail")}
+            image
+            | {"model": run["model"], "defects": _without_contours(image)}
+            | {key: _link(base / image[key]) for key in ("picture", "thumbnail")}
             for image in run["images"]
         ]
         figures += [
@@ -178,6 +186,11 @@ def write_report(folder: str | Path, name: str = "index.html") -> Path:
         msg = f"Cannot write '{page}': {exception}. Free space there, or copy the folder to where you may write."
         raise OSError(msg) from exception
     return page
+
+
+def _without_contours(image: dict[str, Any]) -> list[dict[str, Any]]:
+    """Defects as the page lists them: contours, which would make it large, stay in the records."""
+    return [{name: found[name] for name in ("score", "area", "box")} for found in image.get("defects", [])]
 
 
 def _version(path: Path) -> float:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+import numpy as np
 import torch
 from anomalib.data import ImageBatch
 from anomalib.post_processing import PostProcessor
@@ -22,8 +23,10 @@ from PIL import Image, ImageOps
 from anomalib_spg.components.backbone import Tokens
 from anomalib_spg.components.files import atomic_write
 from anomalib_spg.components.hub import beside, local_file
+from anomalib_spg.components.pictures import MOST, log_picture
+from anomalib_spg.components.regions import defects_of
 
-from .examples import Examples, digest, to_picture
+from .examples import EXAMPLES, Examples, digest, to_picture
 from .explanation import ExplainableModel, Explanation
 from .figures import decision, heatmap, plot_explanation
 from .report import RECORDS, UNFINISHED, write_report
@@ -37,7 +40,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EXAMPLES = "examples.safetensors"
 THUMBNAIL = 224  # pixels
 DPI = 90
 
@@ -122,7 +124,7 @@ class ExplanationVisualizer(ImageVisualizer):
         """Start to keep training images."""
         del trainer
         model = cast("_Model", pl_module)
-        if getattr(model, "guides_file", None) is None:  # else nothing is learned
+        if getattr(model, "learns", True):
             model.examples = Examples(patch_size=model.model.backbone.patch_size)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -251,6 +253,8 @@ class ExplanationVisualizer(ImageVisualizer):
         number = len(self._records) * trainer.world_size + trainer.global_rank
         file = f"{number:05}_{re.sub(r'[^A-Za-z0-9.-]', '_', source.stem)[:100]}.jpg"
         figure.savefig(self._folder / "pictures" / file, dpi=DPI, pil_kwargs={"quality": 85})
+        if trainer.loggers and number < MOST:
+            log_picture(trainer, np.asarray(Image.open(self._folder / "pictures" / file)), source, "explanations")
         shown = heatmap(picture, shown_map)
         thumbnail = ImageOps.contain(Image.fromarray(shown), (THUMBNAIL, THUMBNAIL))
         thumbnail.save(self._folder / "thumbnails" / file, quality=85)
@@ -276,6 +280,7 @@ class ExplanationVisualizer(ImageVisualizer):
                 for part in explanation.top(self.parts)
             ],
             "other": {name: _finite(value) for name, value in explanation.other.items()},
+            "defects": [defect._asdict() | {"score": _finite(defect.score)} for defect in defects_of(batch, index)],
         })
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -14,9 +14,10 @@ from anomalib.data import Folder
 from anomalib.data.datasets.base import image as base_dataset
 from anomalib.engine import Engine
 from anomalib.metrics import AUROC, Evaluator
+from anomalib.visualization import ImageVisualizer
 from PIL import Image
 
-from anomalib_lake import LAKE
+from anomalib_lake import LAKE, ExplanationVisualizer
 from tests.helpers import TINY, TINY_CLIP, data, engine, make_mvtec, raw_metrics
 
 
@@ -167,6 +168,28 @@ def test_checkpoint_stands_alone(trained: tuple, mvtec: Path, tmp_path: Path) ->
     other = build(pre_trained=True)  # would ask the hub if its weights were ever needed
     results = engine(tmp_path).test(other, datamodule=data(mvtec), ckpt_path=run.best_model_path)
     assert results[0]["image_AUROC"] == pytest.approx(metrics[0]["image_AUROC"])
+
+
+def test_what_a_checkpoint_does_not_restore(tmp_path: Path) -> None:
+    """As the README says of anomalib 2.7: visualizer and evaluator; and it removes a given one if there was none."""
+    few = Evaluator(test_metrics=[AUROC(fields=["pred_score", "gt_label"], prefix="image_")])
+
+    def loaded(given: dict[str, Any], **arguments: Any) -> LAKE:
+        model = build(**arguments)
+        checkpoint: dict[str, Any] = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
+        checkpoint["pytorch-lightning_version"] = "2.5.0"
+        model.on_save_checkpoint(checkpoint)
+        torch.save(checkpoint, tmp_path / "model.ckpt")
+        return LAKE.load_from_checkpoint(tmp_path / "model.ckpt", **given)
+
+    own = {"visualizer": ExplanationVisualizer(), "evaluator": few}
+    defaults = loaded({}, **own)
+    assert type(defaults.visualizer) is ImageVisualizer
+    assert len(defaults.evaluator.test_metrics) > 1
+    given = loaded(own, **own)
+    assert given.visualizer is own["visualizer"]
+    assert given.evaluator is few
+    assert loaded(own, visualizer=False).visualizer is None
 
 
 def test_checkpoint_of_before_the_own_image(tmp_path: Path) -> None:

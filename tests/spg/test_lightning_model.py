@@ -127,6 +127,40 @@ def test_checkpoint_with_damaged_guides(trained: tuple, tmp_path: Path) -> None:
             SPG.load_from_checkpoint(tmp_path / "damaged.ckpt")
 
 
+def test_learning_on(trained: tuple, mvtec: Path, visa: Path, tmp_path: Path) -> None:
+    """From a guides file on labelled images: its atoms stay, no dictionary is trained, weights move; a new file."""
+    path = next(Path(trained[1].trainer.default_root_dir).rglob("guides.safetensors"))
+    before, stored = read_guides(path)
+    model = build(backbone=None, layers=None, guides_file=path, learn_on=True, num_atoms=99, guide_epochs=5)
+    with patch("anomalib_spg.torch_model.train_sae", side_effect=AssertionError("trains a dictionary")):
+        run = engine(tmp_path)
+        run.fit(model=model, datamodule=auxiliary(mvtec, visa))
+    after, learned = read_guides(next(tmp_path.rglob("guides.safetensors")))
+    row = {int(atom): number for number, atom in enumerate(before["0.atom_indices"])}
+    rows = [row[int(atom)] for atom in after["0.atom_indices"]]
+    torch.testing.assert_close(after["0.atoms"], before["0.atoms"][rows])
+    start = before["0.coefficients"][:, rows]
+    assert not torch.equal(after["0.coefficients"], start)
+    assert not after["0.coefficients"][start == 0].any(), "what a guide does not use stays out of it"
+    assert learned["settings"] == {**stored["settings"], "guide_epochs": 5}
+    assert learned["trained_on"]["labels"] == "labelled"
+    restored = SPG.load_from_checkpoint(run.best_model_path)
+    assert restored.guides_file is None
+    assert not restored.learn_on
+    torch.testing.assert_close(restored.model.guides[0].vectors, after["0.vectors"])
+
+
+def test_learning_on_from_nothing(tmp_path: Path) -> None:
+    """Refused when the model is made: without a file, and without atoms."""
+    with pytest.raises(ValueError, match=r"learn_on=True learns on from guides.*guides_file"):
+        build(learn_on=True)
+    model = build(dictionary=False)
+    model.model.guides[0].set(torch.eye(192)[:4], torch.arange(4), torch.eye(4))
+    path = model.model.save_guides(tmp_path / "free.safetensors")
+    with pytest.raises(ValueError, match=r"'.*free\.safetensors' are free vectors"):
+        build(guides_file=path, learn_on=True)
+
+
 def test_guides_file_is_used_without_training(trained: tuple, mvtec: Path, tmp_path: Path) -> None:
     """SPG(guides_file=...) decides backbone, layer and size by itself, trains nothing, runs on another category."""
     path = Path(trained[1].trainer.default_root_dir) / "weights" / "guides.safetensors"

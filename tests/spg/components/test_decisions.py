@@ -30,6 +30,7 @@ def table(folder: Path, paths: list[Path]) -> pd.DataFrame:
             image=image,
             pred_score=torch.tensor([0.9]),
             pred_label=torch.tensor([True]),
+            anomaly_map=image.mean(dim=1),
             pred_mask=image.mean(dim=1) > 0.5,
             image_path=[str(path)],
         )
@@ -48,9 +49,20 @@ def test_boxes_of_turned_images(orientation: int, tmp_path: Path, caplog: pytest
     path = tmp_path / "part.png"
     Image.fromarray(pixels).save(path, exif=exif)
     with caplog.at_level(logging.WARNING):
-        assert table(tmp_path, [path]).boxes.tolist() == ["60 5 70 15"]
+        row = table(tmp_path, [path]).iloc[0]
+    assert (row.boxes, row.box_pixels, row.box_scores) == ("60 5 70 15", 100, 1.0)
     assert ("Viewers turn 1 rejected images" in caplog.text) == (orientation != 1)
     assert (str(path) in caplog.text) == (orientation != 1)
+
+
+def test_several_defects(tmp_path: Path) -> None:
+    """One beside the other in three columns, the largest first."""
+    pixels = np.zeros((40, 80, 3), np.uint8)
+    pixels[20:24, 0:5] = 204
+    pixels[5:15, 60:70] = 255
+    Image.fromarray(pixels).save(tmp_path / "part.png")
+    row = table(tmp_path, [tmp_path / "part.png"]).iloc[0]
+    assert (row.boxes, row.box_pixels, row.box_scores) == ("60 5 70 15; 0 20 5 24", "100; 20", "1.000; 0.800")
 
 
 def test_names_that_are_no_text(tmp_path: Path) -> None:

@@ -25,7 +25,9 @@ def record(name: str = "bad/x.png", **changes: Any) -> dict[str, Any]:
     part = {"block": 6, "unit": 17, "adds": 0.2, "share": 0.5, "opposed": False}
     image = {"category": "nut", "name": name, "path": f"/in/{name}", "unit": "atom", "score": 0.9, "threshold": 0.5}
     files = {"picture": "pictures/0.jpg", "thumbnail": "thumbnails/0.jpg"}
-    return {**image, "rejected": True, "defective": None, **files, "parts": [part], "other": {}, **changes}
+    defect = {"box": [1, 2, 30, 40], "area": 777, "score": 0.75, "contour": [[1.5, 2.0], [30.0, 40.0], [1.5, 40.0]]}
+    lists = {"parts": [part], "other": {}, "defects": [defect]}
+    return {**image, "rejected": True, "defective": None, **files, **lists, **changes}
 
 
 def run_in(folder: Path, *images: dict[str, Any], kind: str = "explanations", **changes: Any) -> Path:
@@ -116,6 +118,8 @@ BROKEN = {
     "parts_by_name": {"images": [record(parts={"17": 0.2})]},
     "parts_without_block": {"images": [record(parts=[{"unit": 3, "adds": 0.1, "share": 0.1}])]},
     "other_is_nested": {"images": [record(other={"text": {"a": 1}})]},
+    "defects_by_name": {"images": [record(defects={"1": 0.2})]},
+    "defect_is_a_box": {"images": [record(defects=[[1, 2, 3, 4]])]},
     "figures_are_a_list": {"figures": ["guides.jpg"]},
     "figure_is_a_number": {"figures": {"guides": 1}},
     "neurons_are_a_number": {"neurons": {"4": 5}},
@@ -146,6 +150,15 @@ def test_records_of_another_shape(kind: str, tmp_path: Path, caplog: pytest.LogC
     assert len(data["left_out"]) == 1
     assert str(path.parent) in data["left_out"][0]
     assert str(path.parent) in caplog.text
+
+
+def test_defects(tmp_path: Path) -> None:
+    """The page has them without their contours, which stay in the records; records of before defects are shown."""
+    earlier = record("earlier.png")
+    del earlier["defects"]
+    run_in(tmp_path, record("new.png"), earlier)
+    images = shown(write_report(tmp_path))["images"]
+    assert [image["defects"] for image in images] == [[{"score": 0.75, "area": 777, "box": [1, 2, 30, 40]}], []]
 
 
 def test_an_unfinished_newest_version(tmp_path: Path) -> None:
@@ -238,6 +251,8 @@ def test_odd_names_and_scores_in_a_browser(tmp_path: Path) -> None:
     assert "<title>4 loaded</title>" in opened
     assert shown_names(opened) == [ODD, "c.png", "b.png"]
     assert "score not a finite number" in opened
+    cells = "".join(f'<td class="number">{value}</td>' for value in (1, "0.750", 777, 1, 2, 30, 40))
+    assert f"<tr>{cells}</tr>" in opened
     assert '<td class="number">not a finite number</td>' in dump(page, "image=1")
     assert "Left out of this page (1)" in opened
     model = re.search(r'<option value="(SPG in [^b][^"]*)"', opened)

@@ -73,6 +73,14 @@ def check_folder(results: Path, unit: str) -> dict[str, Any]:
         assert adds == sorted(adds, reverse=True)
         assert Image.open(folder / image["picture"]).width > 1000  # with the column of training patches
         assert Image.open(folder / image["thumbnail"]).size == (224, 224)
+        for defect in image["defects"]:
+            left, top, right, bottom = defect["box"]
+            assert 0 <= left < right <= 250  # pixels of the file
+            assert 0 <= top < bottom <= 250
+            assert 0 < defect["area"] <= (right - left) * (bottom - top)
+            assert defect["score"] > 0.5
+            assert len(defect["contour"]) >= 4
+    assert any(image["defects"] for image in run["images"])
     for file in run["figures"].values():
         assert Image.open(folder / file).width > 400
     return run

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Further good images for a bank that is filled, for instance parts that were rejected and are good."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib.data import InferenceBatch
+
+from anomalib_spg.components.precision import full_precision
+from anomalib_spg.explanations.examples import EXAMPLES, Examples, digest
+
+from .bank import (
+    NormalityBank,
+    average_neighbors,
+    k_center_greedy,
+    kept_patches,
+    leave_one_out_correction,
+    stride_of,
+)
+from .torch_model import LAKEModel
+
+MOST = 24  # new images that are compared with all the others; each costs a pass through the backbone
+
+
+class Extension:
+    """Takes good images into the banks of a fitted model, which stays as it is otherwise.
+
+    The neurons, and the distances that count as 1, stay those of the images the model was fitted on: of these no more
+    is known than what the banks hold. So a patch deviates from a larger bank at most as much as before, and no image's
+    score rises, as long as there is room. A bank that outgrows its ``bank_size`` is thinned to a coreset.
+
+    Args:
+        model (LAKEModel): Fitted model.
+        first (int): Number of the first new image; smaller ones belong to the images it was fitted on. Defaults to the
+            number after the highest in the banks.
+
+    Attributes:
+        next (int): Number of the next image.
+
+    Raises:
+        RuntimeError: If the model is not fitted.
+
+    Example:
+        >>> model = LAKEModel("vit_tiny_patch16_224", layers=[5], scales=[1], pre_trained=False, num_neurons=20)
+        >>> _ = model.train()(torch.randn(2, 3, 64, 64))
+        >>> _ = model.fit()
+        >>> extension = Extension(model)
+        >>> extension.add(torch.randn(3, 3, 64, 64))
+        >>> extension.left_out().pred_score.shape
+        torch.Size([3])
+        >>> extension.finish()
+        >>> len(model.banks[0][0].tokens)
+        80
+    """
+
+    def __init__(self, model: LAKEModel, first: int = 0) -> None:
+        if not model.is_fitted:
+            msg = "LAKE has no normality bank yet that could take in further images. Train it first."
+            raise RuntimeError(msg)
+        self.model = model
+        known = max(int(bank.image_indices.max()) for banks in model.banks for bank in banks) + 1
+        self.next = max(first, known)
+        self._images: list[tuple[int, torch.Tensor]] = []
+
+    @torch.no_grad()
+    def add(self, images: torch.Tensor) -> None:
+        """Take images in.
+
+        Args:
+            images (torch.Tensor): Normalised good images ``(B, 3, H, W)``, of the size of those before.
+        """
+        numbers = torch.arange(self.next, self.next + len(images), device=images.device)
+        model = self.model
+        # Validation hooks, where Lightning may call this, run in inference mode; its tensors could not be loaded over.
+        with torch.inference_mode(mode=False):
+            tokens, grid = model.tokens(images)
+            with full_precision(images.device):
+                for layer, neurons, banks in zip(model.layers, model.neurons, model.banks, strict=True):
+                    projected = neurons.project(tokens[layer])
+                    for scale, bank in zip(model.scales, banks, strict=True):
+                        averaged = neurons.normalize(average_neighbors(projected, grid, scale))
+                        _append(bank, averaged, kept_patches(grid, stride_of(scale), images.device), numbers)
+        self._images += [
+            (number, image[None])
+            for number, image in enumerate(images.clone(), self.next)
+            if len(self._images) + number - self.next < MOST
+        ]
+        self.next += len(images)
+
+    @torch.no_grad()
+    def left_out(self) -> InferenceBatch:
+        """Compare the first 24 new images with all images but themselves.
+
+        Returns:
+            InferenceBatch: An estimate of what further parts like them get, corrected as in :meth:`LAKEModel.fit`.
+
+        Raises:
+            ValueError: If there are no new images.
+        """
+        if not self._images:
+            msg = "There are no further normal images to take in."
+            raise ValueError(msg)
+        model, training = self.model, self.model.training
+        model.eval()
+        found = []
+        with torch.inference_mode(mode=False):
+            for number, image in self._images:
+                with _without(model, number):
+                    found.append(model(image))
+        model.train(training)
+        return InferenceBatch(
+            pred_score=torch.cat([result.pred_score for result in found]),
+            anomaly_map=torch.cat([result.anomaly_map for result in found]),
+        )
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Thin banks that have outgrown their size, and forget the images."""
+        self._images = []
+        with torch.inference_mode(mode=False):
+            for banks in self.model.banks:
+                for bank in banks:
+                    _thin(bank)
+
+
+def read_fitted(path: str | Path) -> dict[str, Any]:
+    """Read the checkpoint of a fitted LAKE.
+
+    Args:
+        path (str | Path): File.
+
+    Returns:
+        dict[str, Any]: Checkpoint, on the CPU.
+
+    Raises:
+        ValueError: If it cannot be read, or is of something else.
+    """
+    remedy = "Training LAKE leaves one as weights/lightning/model.ckpt in its results folder."
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as exception:  # the bytes of another file raise anything
+        reason = str(exception).splitlines()[0] if str(exception) else type(exception).__name__
+        msg = f"Cannot read the checkpoint extend='{path}': {reason}. {remedy}"
+        raise ValueError(msg) from exception
+    if not isinstance(checkpoint, dict) or "model.neurons.0.indices" not in checkpoint.get("state_dict", {}):
+        msg = f"extend='{path}' is no checkpoint of LAKE. {remedy}"
+        raise ValueError(msg)
+    return checkpoint
+
+
+def earlier_images(model: LAKEModel, checkpoint: str | Path) -> dict[int, bytes]:
+    """Normal images that were kept for explanations beside a checkpoint.
+
+    Args:
+        model (LAKEModel): The model of the checkpoint.
+        checkpoint (str | Path): Its file.
+
+    Returns:
+        dict[int, bytes]: JPEG files by the number of the image; none where there are none of this model.
+    """
+    for folder in list(Path(checkpoint).absolute().parents)[:2]:  # weights/lightning/model.ckpt, or moved together
+        if (folder / EXAMPLES).is_file():
+            examples = Examples.load(folder / EXAMPLES)
+            return examples.images if examples.learned == digest(model) else {}
+    return {}
+
+
+def _append(bank: NormalityBank, tokens: torch.Tensor, kept: torch.Tensor, numbers: torch.Tensor) -> None:
+    """Add the kept patches of images ``(I, N, K)``; in between a bank may hold twice its size."""
+    bank.tokens = torch.cat([bank.tokens, tokens[:, kept].flatten(0, 1)])
+    bank.image_indices = torch.cat([bank.image_indices, numbers.repeat_interleave(len(kept))])
+    bank.patch_indices = torch.cat([bank.patch_indices, kept.repeat(len(numbers))])
+    if bank.size is not None and len(bank.tokens) > 2 * bank.size:
+        _thin(bank)
+
+
+def _thin(bank: NormalityBank) -> None:
+    """Reduce a bank to a coreset of its size."""
+    if bank.size is None or len(bank.tokens) <= bank.size:
+        return
+    coreset, _ = k_center_greedy(bank.tokens, bank.size)
+    for name in ("tokens", "image_indices", "patch_indices"):
+        setattr(bank, name, getattr(bank, name)[coreset])
+
+
+@contextmanager
+def _without(model: LAKEModel, number: int) -> Generator[None, None, None]:
+    """Compare with the banks without an image."""
+    banks = [bank for of_layer in model.banks for bank in of_layer]
+    whole = [(bank.tokens, bank.distance_scale) for bank in banks]
+    numbers = torch.cat([bank.image_indices for bank in banks]).unique()
+    try:
+        for bank in banks:
+            bank.tokens = bank.tokens[bank.image_indices != number]
+            bank.distance_scale = bank.distance_scale / leave_one_out_correction(len(numbers))
+        yield
+    finally:
+        for bank, (tokens, scale) in zip(banks, whole, strict=True):
+            bank.tokens, bank.distance_scale = tokens, scale
