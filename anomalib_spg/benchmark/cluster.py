@@ -3,7 +3,7 @@
 """Jobs of the benchmark on several GPUs and machines, by Ray: ``--engine ray``.
 
     python -m anomalib_spg.benchmark --config FILE --engine ray              # all GPUs of this machine
-    python -m anomalib_spg.benchmark --config FILE --engine ray --workers 4  # four jobs at a time, GPUs or not
+    python -m anomalib_spg.benchmark --config FILE --engine ray --workers 4  # four at a time, on GPUs or CPUs
     RAY_ADDRESS=auto python -m anomalib_spg.benchmark --config FILE --engine ray  # a cluster that is there
 
 - Without ``RAY_ADDRESS``, Ray starts on this machine and ends with the benchmark. With it, the benchmark joins that
