@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser
 from anomalib_lake import LAKE
 from anomalib_spg import SPG, AuxiliaryTarget, FewShot
 from anomalib_spg.benchmark.pipeline import BenchmarkJob, BenchmarkJobGenerator
-from tests.helpers import REPOSITORY
+from tests.helpers import REPOSITORY, make_mvtec
 
 CONFIGS = REPOSITORY / "configs"
 TRAIN = sorted(CONFIGS.glob("*.yaml"))
@@ -137,3 +137,20 @@ def test_backbones_are_the_published_ones() -> None:
         assert all(set(names) == {"backbone"} for names in arguments)
         sizes = {names["backbone"]: default_image_size(names["backbone"])[0] for names in arguments}
         assert sizes == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["AnomalyDINO", "Patchcore", "Rad", "SuperADD"])
+def test_peers_run(name: str, quickstart: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """anomalib's models with the arguments of the config, real weights and no hub, on three images."""
+    import anomalib.data
+
+    monkeypatch.setattr(anomalib.data, "FewShot", FewShot, raising=False)
+    monkeypatch.chdir(quickstart.parent)
+    made = jobs(CONFIGS / "benchmark" / "textures_visa_to_mvtec.yaml")
+    config = next(job.config for job in made if job.config["model"]["class_path"] == name)
+    root = make_mvtec(tmp_path, (config["data"]["init_args"]["target_args"]["category"],), count=1)
+    config["data"]["init_args"]["target_args"] |= {"root": str(root), "num_workers": 0}
+    row = BenchmarkJob("cpu", config, tmp_path).run()
+    assert row["data.init_args.k_shot"] == 1
+    assert row["pixel_AUROC"] > 0.7
