@@ -337,9 +337,11 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         self._extension = None
         if self.examples is not None:
             self.examples.images.update(self._earlier_images)
+        self._earlier_images = {}  # no image of the training goes into an export
+        before, self._fitted_before = self._fitted_before, {}
         post_processor, scores = self.post_processor, left_out.pred_score
         if isinstance(post_processor, GoodPartsPostProcessor) and scores is not None:
-            before, paths, at_hand = self._fitted_before, self._taken[: len(scores)], _paths(self.held_out)
+            paths, at_hand = self._taken[: len(scores)], _paths(self.held_out)
             known = list(zip(self.held_out_images, before["scores"]["held_out"], strict=False))
             kept = [(path, score) for path, score in known if not _Known([path]).has_any([*paths, *at_hand])]
             if known and not kept:

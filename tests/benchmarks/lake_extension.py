@@ -98,18 +98,19 @@ def main() -> None:
         new = extension.left_out().pred_score
         extension.finish()
         again = scores(larger, held_out)
+        with_new, without = threshold(torch.cat([again, new]), learned), threshold(again, learned)
         rules = {
-            "4 images": (model, before),
-            f"and {TAKEN} {change} ones": (larger, threshold(torch.cat([again, new]), learned)),
-            "the same, threshold without them": (larger, threshold(again, learned)),
-            "the same, threshold as before": (larger, before),
+            f"and {TAKEN} {change} ones": with_new,
+            "the same, threshold without them": without,
+            "the same, threshold as before": before,
         }
         for shown in ("unchanged", change):
-            for name, (own, limit) in rules.items():
+            for own, limits in ((model, {"4 images": before}), (larger, rules)):
                 good, bad = (scores(own, tokens) for tokens in kinds[shown])
                 auroc = roc_auc_score([0] * len(good) + [1] * len(bad), torch.cat([good, bad]))
-                rates = f"{float((good > limit).float().mean()):.1%} | {float((bad <= limit).float().mean()):.1%}"
-                print(f"| {shown}, {name} | {rates} | {auroc:.3f} |", flush=True)
+                for name, limit in limits.items():
+                    rates = f"{float((good > limit).float().mean()):.1%} | {float((bad <= limit).float().mean()):.1%}"
+                    print(f"| {shown}, {name} | {rates} | {auroc:.3f} |", flush=True)
 
 
 if __name__ == "__main__":

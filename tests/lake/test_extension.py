@@ -3,6 +3,7 @@
 """Further good images in a bank that is filled: what changes, what stays, and what the threshold rests on then."""
 
 import copy
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,7 @@ def test_explanations_know_all_images(fitted: Path, rejected: Path, mvtec: Path,
     run.fit(model=model, datamodule=data(mvtec))
     examples = Examples.load(next(tmp_path.rglob("examples.safetensors")))
     assert sorted(examples.images) == list(range(6))
+    assert not any(image in pickle.dumps(model) for image in examples.images.values()), "no export holds them"
     earlier = Examples.load(fitted.parents[1] / "examples.safetensors")
     assert {number: examples.images[number] for number in (0, 1)} == earlier.images
 
