@@ -124,6 +124,22 @@ def test_many_images_need_a_bounded_number_of_tokens() -> None:
     assert nearest(everything, bank.tokens).amax() < drawn.amax()
 
 
+def test_what_the_bank_explains_is_not_taken_up() -> None:
+    """Once there was too much, only tokens farther than the radius, up to which others were left out."""
+    tokens = torch.randn(12, 16, 4)
+    bank = NormalityBank(size=50)
+    bank.add(tokens[:6], range(6), (4, 4))
+    assert bank.radius == 0
+    bank.add(tokens[6:7], [6], (4, 4))
+    assert (bank.radius > 0, bank.num_added) == (True, 50)
+    kept = bank._added[0][0]
+    far = nearest(tokens[7], kept) > bank.radius
+    assert 0 < far.sum() < 16
+    bank.add(tokens[7:8], [7], (4, 4))
+    assert torch.equal(bank._added[1][0], tokens[7, far])
+    assert bank._added[1][2].tolist() == far.nonzero().flatten().tolist()
+
+
 def test_deviation_of_new_images_is_the_one_foretold() -> None:
     """Of many images, too: one normal patch in a hundred deviates by more than 1."""
     tokens = torch.randn(60, 64, 6)
