@@ -109,12 +109,12 @@ class AuxiliaryTarget(AnomalibDataModule):
     def _setup(self, _stage: str | None = None) -> None:
         for datamodule in [*self.auxiliaries, self.target]:
             set_up(datamodule)
-        self.train_data = _concatenate([tested_images(datamodule) for datamodule in self.auxiliaries])
+        self.train_data = _concatenate([evaluated_images(datamodule) for datamodule in self.auxiliaries])
         _check(self.train_data)
         if hasattr(self.target, "val_data"):  # a target may have none: val_split_mode="none"
             self.val_data = self.target.val_data
-        self.test_data = tested_images(self.target)
-        check_tested_images(self.test_data, self.target.name)
+        self.test_data = evaluated_images(self.target)
+        check_evaluated_images(self.test_data, self.target.name)
 
     def _create_test_split(self) -> None:
         """Nothing to split: the target datamodule has done so."""
@@ -183,7 +183,7 @@ def set_up(datamodule: AnomalibDataModule, stage: str | None = None) -> None:
         datamodule.setup(stage)
 
 
-def tested_images(datamodule: AnomalibDataModule) -> AnomalibDataset:
+def evaluated_images(datamodule: AnomalibDataModule) -> AnomalibDataset:
     """Tell what a datamodule tests on: MVTec AD 2 has several test sets, and keeps no good image in ``test_data``.
 
     Args:
@@ -196,7 +196,7 @@ def tested_images(datamodule: AnomalibDataModule) -> AnomalibDataset:
     return loader.dataset
 
 
-def check_tested_images(dataset: AnomalibDataset, name: str) -> None:
+def check_evaluated_images(dataset: AnomalibDataset, name: str) -> None:
     """Say what a test set cannot tell: without good images there is no AUROC, without masks no pixel metric.
 
     Args:

@@ -11,7 +11,7 @@ from anomalib.data import AnomalibDataModule
 
 from .components.lightning import check_seed
 from .components.normal_images import draw_normal_images
-from .datamodule import build_datamodule, check_tested_images, set_up, tested_images
+from .datamodule import build_datamodule, check_evaluated_images, evaluated_images, set_up
 
 logger = logging.getLogger(__name__)
 
@@ -99,8 +99,8 @@ class FewShot(AnomalibDataModule):
         )
         if hasattr(self.target, "val_data"):  # it may have none: val_split_mode="none"
             self.val_data = self.target.val_data
-        self.test_data = tested_images(self.target)
-        check_tested_images(self.test_data, self.name)
+        self.test_data = evaluated_images(self.target)
+        check_evaluated_images(self.test_data, self.name)
         logger.info(
             "FewShot: %d of the %d training images of %s %s, drawn with seed %d: %s",
             len(self.normal_images),
