@@ -250,7 +250,7 @@ def k_center_greedy(tokens: torch.Tensor, size: int) -> tuple[torch.Tensor, floa
     """PatchCore's coreset: the token farthest from those chosen, again and again, beginning with the first.
 
     Of the few farthest tokens many are chosen before any other could be, so their distances to all are one product of
-    matrices; one by one they take ten times as long.
+    matrices; one by one they take five times as long.
 
     Args:
         tokens (torch.Tensor): Tokens ``(M, K)``.
