@@ -23,6 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .components.backbone import DEFAULT_BACKBONE, Tokens
+from .components.checkpoint import check_identity
 from .components.held_out import ENOUGH, MOST, choose, good_validation_images
 from .components.lightning import FrozenBackboneMixin, check_seed
 from .components.precision import full_precision
@@ -81,9 +82,10 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         ema_warmup (bool): Let that decay rise from low values, for small data (ours). Defaults to ``False`` (paper).
         temperature (float | None): Softmax temperature. ``None`` is that of the guides file, else 0.07 (paper).
         sigma (float): Gaussian smoothing of the map in pixels; 0 for none. Defaults to 4 (paper).
-        image_score (Literal["max", "top", "lse"]): How the map becomes a score: its maximum (paper), the mean of its
-            top ``top_fraction``, or log-mean-exp. Defaults to ``"max"``.
-        top_fraction (float): Share of pixels for ``"top"``, in (0, 1]. Defaults to 0.01.
+        image_score (Literal["max", "top", "lse"]): How the map becomes a score: the mean of its top ``top_fraction``
+            of pixels, its maximum (paper), or log-mean-exp. Defaults to ``"top"`` (ours, measured).
+        top_fraction (float): Share of pixels for ``"top"``, in (0, 1]. Defaults to 0.003 (ours), the area of three
+            patches of 1024.
         cls_weight (float): Weight of the score by the pooled token against that of the map. Defaults to 0 (paper).
         memory_limit (float): Most memory stored tokens and masks may take, in GiB. Defaults to 16 (ours).
         tokens_dir (str | Path | None): Folder where they go when they need more. A run deletes its own once the
@@ -140,8 +142,8 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         ema_warmup: bool = False,
         temperature: float | None = None,
         sigma: float = 4.0,
-        image_score: Literal["max", "top", "lse"] = "max",
-        top_fraction: float = 0.01,
+        image_score: Literal["max", "top", "lse"] = "top",
+        top_fraction: float = 0.003,
         cls_weight: float = 0.0,
         memory_limit: float = 16.0,
         tokens_dir: str | Path | None = "tokens",
@@ -445,10 +447,11 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         """Restore component configuration, and refuse the checkpoint of another model, or a damaged one.
 
         Raises:
-            ValueError: If an argument that determines the meaning of the tensors differs, or the guides contradict
-                themselves.
+            ValueError: If an argument that determines the meaning of the tensors or of the thresholds differs, or the
+                guides contradict themselves.
         """
         super().on_load_checkpoint(checkpoint)
+        check_identity(checkpoint, self._scoring())
         prefix = "model.guides."
         state = checkpoint.get("state_dict", {}).items()
         tensors = {name.removeprefix(prefix): value for name, value in state if name.startswith(prefix)}
@@ -456,6 +459,12 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         if fault:
             msg = f"The guides in the checkpoint are damaged: {fault}. Copy it again, or train SPG again."
             raise ValueError(msg)
+
+    def _scoring(self) -> dict[str, Any]:
+        """Arguments that decide what a checkpoint's thresholds mean."""
+        model = self.model
+        fraction = {"top_fraction": model.top_fraction} if model.image_score == "top" else {}
+        return {"image_score": model.image_score, **fraction, "cls_weight": model.cls_weight}
 
     def identity(self) -> dict[str, Any]:
         """Arguments that decide what a checkpoint's tensors mean."""
