@@ -82,10 +82,10 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         ema_warmup (bool): Let that decay rise from low values, for small data (ours). Defaults to ``False`` (paper).
         temperature (float | None): Softmax temperature. ``None`` is that of the guides file, else 0.07 (paper).
         sigma (float): Gaussian smoothing of the map in pixels; 0 for none. Defaults to 4 (paper).
-        image_score (Literal["max", "top", "lse"]): How the map becomes a score: the mean of its top ``top_fraction``
-            of pixels, its maximum (paper), or log-mean-exp. Defaults to ``"top"`` (ours, measured).
-        top_fraction (float): Share of pixels for ``"top"``, in (0, 1]. Defaults to 0.003 (ours), the area of three
-            patches of 1024.
+        image_score (Literal["max", "top", "lse"]): How the map becomes a score: its maximum (paper), the mean of its
+            top ``top_fraction``, or log-mean-exp. Defaults to ``"max"``.
+        top_fraction (float): Share of pixels for ``"top"``, in (0, 1]. About the area of the defects you look for:
+            it ranks defects of that size better than the maximum, and much smaller ones worse. Defaults to 0.01.
         cls_weight (float): Weight of the score by the pooled token against that of the map. Defaults to 0 (paper).
         memory_limit (float): Most memory stored tokens and masks may take, in GiB. Defaults to 16 (ours).
         tokens_dir (str | Path | None): Folder where they go when they need more. A run deletes its own once the
@@ -142,8 +142,8 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         ema_warmup: bool = False,
         temperature: float | None = None,
         sigma: float = 4.0,
-        image_score: Literal["max", "top", "lse"] = "top",
-        top_fraction: float = 0.003,
+        image_score: Literal["max", "top", "lse"] = "max",
+        top_fraction: float = 0.01,
         cls_weight: float = 0.0,
         memory_limit: float = 16.0,
         tokens_dir: str | Path | None = "tokens",

@@ -50,11 +50,9 @@ class SPGModel(nn.Module):
         guides_file (str | Path | None): Guides to use; nothing is learned then. Defaults to ``None``.
         temperature (float | None): Softmax temperature. ``None`` is that of the guides file, else 0.07 (paper).
         sigma (float): Gaussian smoothing of the map in pixels; 0 for none. Defaults to 4 (paper).
-        image_score (str): How the map becomes a score: the mean of its top ``top_fraction`` of pixels (``"top"``), its
-            maximum (``"max"``, paper), or ``T log mean exp(map / T)`` with the temperature (``"lse"``). Defaults to
-            ``"top"`` (ours).
-        top_fraction (float): Share of pixels for ``"top"``, in (0, 1]. Defaults to 0.003 (ours), the area of three
-            patches of 1024.
+        image_score (str): How the map becomes a score: its maximum (``"max"``, paper), the mean of its top
+            ``top_fraction`` of pixels (``"top"``), or ``T log mean exp(map / T)`` with the temperature (``"lse"``).
+        top_fraction (float): Share of pixels for ``"top"``, in (0, 1]. Defaults to 0.01.
         cls_weight (float): Weight of the score by the pooled token against that of the map, in [0, 1]. 1 is the
             published CLS score. Defaults to 0 (paper).
 
@@ -88,8 +86,8 @@ class SPGModel(nn.Module):
         guides_file: str | Path | None = None,
         temperature: float | None = None,
         sigma: float = 4.0,
-        image_score: Literal["max", "top", "lse"] = "top",
-        top_fraction: float = 0.003,
+        image_score: Literal["max", "top", "lse"] = "max",
+        top_fraction: float = 0.01,
         cls_weight: float = 0.0,
     ) -> None:
         super().__init__()

@@ -27,7 +27,6 @@ def model_with_guides(layers: tuple[int, ...] = (3, 5), atoms: int = 12, **argum
     "arguments",
     [
         {},
-        {"image_score": "max"},
         {"image_score": "top", "top_fraction": 0.1},
         {"image_score": "lse"},
         {"cls_weight": 0.3, "image_score": "lse"},
