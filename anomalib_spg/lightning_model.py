@@ -23,6 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .components.backbone import DEFAULT_BACKBONE, Tokens
+from .components.checkpoint import check_identity
 from .components.held_out import ENOUGH, MOST, choose, good_validation_images
 from .components.lightning import FrozenBackboneMixin, check_seed
 from .components.precision import full_precision
@@ -86,7 +87,8 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         sigma (float): Gaussian smoothing of the map in pixels; 0 for none. Defaults to 4 (paper).
         image_score (Literal["max", "top", "lse"]): How the map becomes a score: its maximum (paper), the mean of its
             top ``top_fraction``, or log-mean-exp. Defaults to ``"max"``.
-        top_fraction (float): Share of pixels for ``"top"``, in (0, 1]. Defaults to 0.01.
+        top_fraction (float): Share of pixels for ``"top"``, in (0, 1]. About the area of the defects you look for:
+            it ranks defects of that size better than the maximum, and much smaller ones worse. Defaults to 0.01.
         cls_weight (float): Weight of the score by the pooled token against that of the map. Defaults to 0 (paper).
         memory_limit (float): Most memory stored tokens and masks may take, in GiB. Defaults to 16 (ours).
         tokens_dir (str | Path | None): Folder where they go when they need more. A run deletes its own once the
@@ -464,10 +466,11 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         """Restore component configuration, and refuse the checkpoint of another model, or a damaged one.
 
         Raises:
-            ValueError: If an argument that determines the meaning of the tensors differs, or the guides contradict
-                themselves.
+            ValueError: If an argument that determines the meaning of the tensors or of the thresholds differs, or the
+                guides contradict themselves.
         """
         super().on_load_checkpoint(checkpoint)
+        check_identity(checkpoint, self._scoring())
         prefix = "model.guides."
         state = checkpoint.get("state_dict", {}).items()
         tensors = {name.removeprefix(prefix): value for name, value in state if name.startswith(prefix)}
@@ -475,6 +478,12 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         if fault:
             msg = f"The guides in the checkpoint are damaged: {fault}. Copy it again, or train SPG again."
             raise ValueError(msg)
+
+    def _scoring(self) -> dict[str, Any]:
+        """Arguments that decide what a checkpoint's thresholds mean."""
+        model = self.model
+        fraction = {"top_fraction": model.top_fraction} if model.image_score == "top" else {}
+        return {"image_score": model.image_score, **fraction, "cls_weight": model.cls_weight}
 
     def identity(self) -> dict[str, Any]:
         """Arguments that decide what a checkpoint's tensors mean."""

@@ -18,7 +18,7 @@ every fourth row and column. The pooled token, which no map and no score here de
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -89,30 +89,36 @@ def collect(data: Path, cache: Path) -> dict[str, dict[str, Category]]:
     return datasets
 
 
-def learn(categories: list[Category], seed: int, block: int = BLOCK, drawn: bool = False, **options) -> SPGModel:
+def learn(
+    categories: list[Category], seed: int, blocks: Sequence[int] = (BLOCK,), drawn: bool = False, **options
+) -> SPGModel:
     """SPG's own training, on labelled test images or on anomalies drawn on training images."""
     torch.manual_seed(seed)
-    model = SPGModel(BACKBONE, layers=[block], pre_trained=False, image_size=(448, 448))
+    model = SPGModel(BACKBONE, layers=blocks, pre_trained=False, image_size=(448, 448))
     model.store = TokenStore(memory_limit=64)
     for category in categories:
         images, masks = (category.drawn, category.drawn_masks) if drawn else (category.test, category.masks)
-        patches = torch.stack([category.norm(image.float()) for image in images[:, BLOCKS.index(block)]])
-        model.store.add(Tokens([patches], [patches.mean(dim=1)], GRID), masks, masks.flatten(1).any(dim=1).tolist())
+        stored = stored_tokens(model, category, images)
+        model.store.add(stored, masks, masks.flatten(1).any(dim=1).tolist())
     model.fit(GuideSettings(**{**SMALL, **options}))
     return model
 
 
+def stored_tokens(model: SPGModel, category: Category, images: torch.Tensor) -> Tokens:
+    """Tokens of the model's blocks as the backbone gives them, from raw ones ``(B, blocks, N, D)``."""
+    patches = [
+        torch.stack([category.norm(image.float()) for image in images[:, BLOCKS.index(block)]])
+        for block in model.backbone.layers
+    ]
+    return Tokens(patches, [tokens.mean(dim=1) for tokens in patches], GRID)
+
+
 def test(model: SPGModel, category: Category, **options) -> Rates:
     """SPG's own maps and scores."""
-    block, guides = model.backbone.layers[0], model.guides[0]
     for name, value in {"image_score": "max", **options}.items():
         setattr(model, name, value)
-    maps = []
-    for image in category.test[:, BLOCKS.index(block)]:
-        probability = guides.local_probability(category.norm(image.float())[None], model.temperature)
-        maps.append(model.anomaly_map_generator(probability.unflatten(1, GRID), (448, 448)))
-    maps = torch.cat(maps)
-    return category.rate(model.score(maps.flatten(1)), maps)
+    results = [model._predict(stored_tokens(model, category, image[None]), (448, 448)) for image in category.test]
+    return category.rate(torch.cat([r.pred_score for r in results]), torch.cat([r.anomaly_map for r in results]))
 
 
 def main() -> None:  # noqa: C901  # a line for each row
@@ -196,13 +202,17 @@ def main() -> None:  # noqa: C901  # a line for each row
                 row(f"{title}, {shots} shots", few(shots, **options))
     elif arguments.table == "published":
         for block in (BLOCK, 11):
-            row(f"block {block}, published settings", spg(block=block, num_atoms=4096, sae_epochs=50, ema_warmup=False))
+            row(
+                f"block {block}, published settings",
+                spg(blocks=(block,), num_atoms=4096, sae_epochs=50, ema_warmup=False),
+            )
     else:
         row(f"block {BLOCK}, quickstart's settings", spg())
-        for score in ("top", "lse"):
-            row(f"image score: {score}", spg(options={"image_score": score}))
-        for block in (4, 5, 7, 8, 11):
-            row(f"block {block}", spg(block=block))
+        for share in (0.001, 0.003, 0.01):
+            row(f"image score: top {share}", spg(options={"image_score": "top", "top_fraction": share}))
+        row("image score: lse", spg(options={"image_score": "lse"}))
+        for blocks in ((4,), (5,), (7,), (8,), (11,), (6, 8), (4, 6, 8)):
+            row(f"blocks {blocks}", spg(blocks=blocks))
         row("published average (no warm-up)", spg(ema_warmup=False))
         row("no average", spg(ema_decay=0.0))
         for epochs in (1, 25):

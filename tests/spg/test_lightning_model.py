@@ -106,6 +106,8 @@ def test_checkpoint_stands_alone(trained: tuple, mvtec: Path, tmp_path: Path) ->
     [
         ({"layers": [4]}, r"layers=\[3\], this model has layers=\[4\]"),
         ({"image_size": 96}, r"image_size=\[64, 64\], this model has image_size=\[96, 96\]"),
+        ({"image_score": "top"}, "image_score=max, this model has image_score=top"),
+        ({"cls_weight": 0.5}, "cls_weight=0.0, this model has cls_weight=0.5"),
     ],
 )
 def test_checkpoint_of_another_model(
