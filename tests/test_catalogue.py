@@ -426,7 +426,7 @@ MASKS = [
     *section(
         "labelled data without masks",
         fit(SPG, partial(labelled, mask_dir=None)),
-        ("none named", parts_and_masks(), Error(ValueError, r"2 of 2 .*no mask.*bad/0\.png")),
+        ("none named", parts_and_masks(), Error(ValueError, r"None of the 2 anomalous .* has a mask, .*bad/0\.png")),
     ),
     *section(
         "labelled data without bad parts",

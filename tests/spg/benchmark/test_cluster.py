@@ -45,7 +45,7 @@ ONE_NODE = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 100 * 2**20}  #
 
 
 @pytest.fixture
-def ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def ray(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Ray, its files in folders of the test, and a model that waits; no process may be left."""
     for name, value in cluster._RAY.items():
         monkeypatch.setenv(name, value)
@@ -55,7 +55,9 @@ def ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     (tmp_path / "gate").mkdir()
     fake_distribution(tmp_path, "bright", POINTS + "Gated = bright:Gated", ZERO_SHOT + GATED)
     temporary = tempfile.mkdtemp()  # sockets need a short path
-    monkeypatch.setenv("HOME", str(tmp_path))  # Ray keeps a token there
+    home = tmp_path_factory.getbasetemp() / "home"  # Ray keeps a token there, and reads it once in a process
+    home.mkdir(exist_ok=True)
+    monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("TMPDIR", temporary)
     monkeypatch.setenv("GATE", str(tmp_path / "gate"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
