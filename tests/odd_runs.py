@@ -372,6 +372,8 @@ def killed(place: str, kind: type = SPG, number: int = signal.SIGKILL, **argumen
         run = fit(kind, partial(good_parts, train_batch_size=2), **arguments)
 
         def until_then() -> None:
+            if number == signal.SIGINT:  # which a shell has what it starts in the background ignore
+                signal.signal(number, signal.default_int_handler)
             with signal_at(place, number):
                 run(case, path)
 
