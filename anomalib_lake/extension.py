@@ -23,7 +23,7 @@ from .bank import (
 )
 from .torch_model import LAKEModel
 
-MOST = 24  # new images that are compared with all the others; each costs a pass through the backbone
+MOST = 24  # new images that are compared with all the others; until then their tokens are kept
 
 
 class Extension:
@@ -64,7 +64,9 @@ class Extension:
         self.model = model
         known = max(int(bank.image_indices.max()) for banks in model.banks for bank in banks) + 1
         self.next = max(first, known)
-        self._images: list[tuple[int, torch.Tensor]] = []
+        self._kept: list[tuple[int, dict[int, torch.Tensor]]] = []  # numbers of images, and their tokens
+        self._grid: tuple[int, int] = (0, 0)
+        self._size: tuple[int, int] = (0, 0)
 
     @torch.no_grad()
     def add(self, images: torch.Tensor) -> None:
@@ -84,10 +86,10 @@ class Extension:
                     for scale, bank in zip(model.scales, banks, strict=True):
                         averaged = neurons.normalize(average_neighbors(projected, grid, scale))
                         _append(bank, averaged, kept_patches(grid, stride_of(scale), images.device), numbers)
-        self._images += [
-            (number, image[None])
-            for number, image in enumerate(images.clone(), self.next)
-            if len(self._images) + number - self.next < MOST
+        self._grid, self._size = grid, (images.shape[-2], images.shape[-1])
+        self._kept += [
+            (self.next + index, {layer: patches[index : index + 1].clone() for layer, patches in tokens.items()})
+            for index in range(min(len(images), MOST - len(self._kept)))
         ]
         self.next += len(images)
 
@@ -101,17 +103,14 @@ class Extension:
         Raises:
             ValueError: If there are no new images.
         """
-        if not self._images:
+        if not self._kept:
             msg = "There are no further normal images to take in."
             raise ValueError(msg)
-        model, training = self.model, self.model.training
-        model.eval()
-        found = []
+        found: list[Any] = []
         with torch.inference_mode(mode=False):
-            for number, image in self._images:
-                with _without(model, number):
-                    found.append(model(image))
-        model.train(training)
+            for number, tokens in self._kept:
+                with _without(self.model, number):
+                    found.append(self.model.score(tokens, self._grid, self._size))
         return InferenceBatch(
             pred_score=torch.cat([result.pred_score for result in found]),
             anomaly_map=torch.cat([result.anomaly_map for result in found]),
@@ -119,8 +118,8 @@ class Extension:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Thin banks that have outgrown their size, and forget the images."""
-        self._images = []
+        """Thin banks that have outgrown their size, and forget the tokens."""
+        self._kept = []
         with torch.inference_mode(mode=False):
             for banks in self.model.banks:
                 for bank in banks:

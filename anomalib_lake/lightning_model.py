@@ -331,8 +331,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         What good images scored before the extension counts where they are not at hand: in a larger bank they would
         score less, if anything.
         """
-        with self.trainer.precision_plugin.forward_context():
-            left_out = extension.left_out()
+        left_out = extension.left_out()
         extension.finish()
         self._extension = None
         if self.examples is not None:

@@ -270,10 +270,24 @@ class LAKEModel(nn.Module):
             msg = "LAKE has no normality bank yet. Train it on a few normal images first."
             raise RuntimeError(msg)
         tokens, grid = self.tokens(images)
+        return self.score(tokens, grid, (images.shape[-2], images.shape[-1]))
+
+    def score(
+        self, tokens: dict[int, torch.Tensor], grid: tuple[int, int], image_size: tuple[int, int]
+    ) -> InferenceBatch:
+        """Find anomalies by tokens that the backbone has computed.
+
+        Args:
+            tokens (dict[int, torch.Tensor]): Raw tokens ``(B, N, D)`` by block.
+            grid (tuple[int, int]): Rows and columns of patches.
+            image_size (tuple[int, int]): Height and width of the images.
+
+        Returns:
+            InferenceBatch: As of a forward pass in evaluation mode.
+        """
         semantic = tokens[self.semantic_layer] if self.text_weight > 0 else None
-        with full_precision(images.device):
-            deviation = self.structural_deviation(tokens, grid)
-            return self._predict(deviation, semantic, grid, (images.shape[-2], images.shape[-1]))
+        with full_precision(self.text_embeddings.device):
+            return self._predict(self.structural_deviation(tokens, grid), semantic, grid, image_size)
 
     def _predict(
         self,
