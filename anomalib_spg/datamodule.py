@@ -178,8 +178,8 @@ def set_up(datamodule: AnomalibDataModule, stage: str | None = None) -> None:
         datamodule (AnomalibDataModule): Datamodule.
         stage (str | None): Stage of the trainer.
     """
-    as_objects = pd.option_context({"future.infer_string": False}) if pd.__version__ >= "3" else nullcontext()
-    with as_objects:
+    has_texts = int(pd.__version__.partition(".")[0]) >= 3
+    with pd.option_context({"future.infer_string": False}) if has_texts else nullcontext():
         datamodule.setup(stage)
 
 
