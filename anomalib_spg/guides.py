@@ -23,7 +23,7 @@ from .components.hub import local_file
 from .distributed import average_processes, broadcast, num_processes
 from .losses import dice_loss, focal_loss
 from .settings import GuideSettings
-from .token_store import TokenStore
+from .token_store import TokenStore, gather, on_device
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +213,7 @@ def train_guides(
         ValueError: If no atom is alive, ``guide_top_k`` exceeds the living atoms, or ``sparsity`` leaves no atom.
     """
     device = guides.vectors.device
-    patches, pooled, masks = store.patches[layer], store.pooled[layer], store.masks
+    patches, pooled, masks = (on_device(x, device) for x in (store.patches[layer], store.pooled[layer], store.masks))
     sparsity, top_k = settings.sparsity, settings.guide_top_k
     if learn_on:
         atoms, atom_indices = guides.atoms.float(), guides.atom_indices
@@ -249,9 +249,7 @@ def train_guides(
         for _ in progress:
             totals = torch.zeros(3, device=device)
             for batch in torch.randperm(len(patches)).split(batch_size):
-                x = torch.stack([patches[i] for i in batch]).to(device, torch.float32)
-                cls = torch.stack([pooled[i] for i in batch]).to(device, torch.float32)
-                mask = torch.stack([masks[i] for i in batch]).to(device, torch.float32)
+                x, cls, mask = (gather(tensors, batch, device) for tensors in (patches, pooled, masks))
                 weights = coefficients()
                 vectors = weights @ atoms
                 cosines = F.normalize(cls, dim=1) @ F.normalize(vectors[:2], dim=1).T

@@ -15,6 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
 from .distributed import any_process, average_processes, broadcast, num_processes
+from .token_store import gather, on_device
 
 FIRE_THRESHOLD = 1e-3  # an atom counts as fired above this activation (paper)
 
@@ -93,6 +94,14 @@ def _scatter(tokens: torch.Tensor, weights: torch.Tensor, atoms: torch.Tensor, n
     return torch.sparse.mm(code, tokens)
 
 
+def _fired(code: SparseCode) -> torch.Tensor:
+    """Which atoms fired ``(C,)``, without waiting for a GPU to say how many."""
+    count = code.pre_activations.shape[1]
+    fired = torch.zeros(count + 1, dtype=torch.bool, device=code.atoms.device)
+    numbers = torch.where(code.activations > FIRE_THRESHOLD, code.atoms, count)  # the last stands for none
+    return fired.index_fill_(0, numbers.flatten(), True)[:count]  # noqa: FBT003
+
+
 class TopKSAE(nn.Module):
     r"""TopK sparse autoencoder with unit-norm atoms.
 
@@ -135,6 +144,7 @@ class TopKSAE(nn.Module):
         self.dead_after = dead_after
         self.dictionary = nn.Parameter(F.normalize(torch.randn(num_atoms, dim), dim=1))
         self.encoder = nn.Parameter(self.dictionary.detach().clone())
+        self.tokens_seen = 0
         self.register_buffer("tokens_since_fired", torch.zeros(num_atoms, dtype=torch.long))
         self.tokens_since_fired: torch.Tensor
 
@@ -164,11 +174,11 @@ class TopKSAE(nn.Module):
         code = self.encode(tokens)
         reconstruction = self.decode(code)
         loss = F.mse_loss(reconstruction, tokens)
-        with torch.no_grad():
-            fired = torch.zeros_like(self.tokens_since_fired, dtype=torch.bool)
-            fired[code.atoms[code.activations > FIRE_THRESHOLD]] = True
-            self.tokens_since_fired += len(tokens) * num_processes()
-            self.tokens_since_fired[any_process(fired)] = 0
+        seen = len(tokens) * num_processes()
+        self.tokens_seen += seen
+        self.tokens_since_fired = (self.tokens_since_fired + seen).masked_fill(any_process(_fired(code)), 0)
+        if self.tokens_seen <= self.dead_after:  # none can be dead: a GPU is not waited for to count them
+            return loss
         dead = torch.nonzero(self.tokens_since_fired > self.dead_after).squeeze(1)
         if len(dead):
             # The dead atoms learn the residual of the living ones, which is a target and gets no gradient.
@@ -211,6 +221,7 @@ def train_sae(
         torch.Tensor: Boolean mask ``(C,)`` of the atoms that fire at least once over all tokens.
     """
     device = sae.dictionary.device
+    tokens = on_device(tokens, device)
     broadcast(sae.parameters())
     batch_size = max(1, batch_size // num_processes())
     optimizer = torch.optim.Adam(sae.parameters(), lr=learning_rate, betas=(0.5, 0.999), fused=True)
@@ -218,7 +229,7 @@ def train_sae(
         for _ in progress:
             total = torch.zeros((), device=device)
             for batch in torch.randperm(len(tokens)).split(batch_size):
-                loss = sae.loss(torch.cat([tokens[i] for i in batch]).to(device, torch.float32))
+                loss = sae.loss(gather(tokens, batch, device).flatten(0, 1))
                 optimizer.zero_grad()
                 loss.backward()
                 average_processes(parameter.grad for parameter in sae.parameters())
@@ -232,7 +243,6 @@ def train_sae(
 
     alive = torch.zeros(len(sae.dictionary), dtype=torch.bool, device=device)
     with torch.no_grad():
-        for start in range(0, len(tokens), batch_size):
-            code = sae.encode(torch.cat(tokens[start : start + batch_size]).to(device, torch.float32))
-            alive[code.atoms[code.activations > FIRE_THRESHOLD]] = True
+        for batch in torch.arange(len(tokens)).split(batch_size):
+            alive |= _fired(sae.encode(gather(tokens, batch, device).flatten(0, 1)))
     return any_process(alive)

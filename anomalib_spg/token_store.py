@@ -299,6 +299,44 @@ def memory_need(backbone: Backbone, num_images: int, image_size: tuple[int, int]
     return num_images * (len(backbone.layers) * tokens * backbone.embed_dim * 2 + height * width)
 
 
+def on_device(tensors: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Move stored tensors to a GPU once, instead of in every step, where half of its free memory has room for them.
+
+    Args:
+        tensors (list[torch.Tensor]): Tensors of all images.
+        device (torch.device): Where they will be needed.
+
+    Returns:
+        list[torch.Tensor]: The same on the device, or where they were.
+    """
+    if device.type != "cuda" or sum(tensor.nbytes for tensor in tensors) > torch.cuda.mem_get_info(device)[0] / 2:
+        return tensors
+    return [tensor.to(device) for tensor in tensors]
+
+
+def gather(tensors: Sequence[torch.Tensor], numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Put those of some images together.
+
+    What comes from main memory is copied from pinned memory, so that a GPU goes on with the last step meanwhile.
+
+    Args:
+        tensors (Sequence[torch.Tensor]): Tensors of all images, of one shape.
+        numbers (torch.Tensor): Which images ``(B,)``.
+        device (torch.device): Where they are needed.
+
+    Returns:
+        torch.Tensor: Single precision ``(B, ...)``.
+
+    Example:
+        >>> gather([torch.zeros(2).half(), torch.ones(2).half()], torch.tensor([1]), torch.device("cpu"))
+        tensor([[1., 1.]])
+    """
+    batch = torch.stack([tensors[number] for number in numbers.tolist()])
+    if device.type == "cuda" and not batch.is_cuda:
+        batch = batch.pin_memory()
+    return batch.to(device, non_blocking=True).float()
+
+
 def _release_memory() -> None:
     """Give freed memory back to the system.
 

@@ -5,6 +5,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from anomalib_spg.sae import TopKSAE, train_sae
 
@@ -23,6 +24,7 @@ def test_encode_decode_and_loss() -> None:
     sae.encoder.data = torch.randn(12, 4)
     before = np.array([0, 50] * 6)
     sae.tokens_since_fired[:] = torch.from_numpy(before)
+    sae.tokens_seen = 100
     tokens = torch.randn(5, 4)
     x, w, a = tokens.numpy(), sae.encoder.detach().numpy(), sae.dictionary.detach().numpy()
 
@@ -51,6 +53,7 @@ def test_gradients_are_those_of_the_dense_formula() -> None:
     sae = TopKSAE(dim=8, num_atoms=20, k=3, aux_k=2, dead_after=10)
     sae.encoder.data = torch.randn(20, 8)
     sae.tokens_since_fired[::2] = 100
+    sae.tokens_seen = 100
     tokens = torch.randn(7, 8, requires_grad=True)
     inputs = (tokens, sae.encoder, sae.dictionary)
     found = torch.autograd.grad(sae.loss(tokens), inputs)
@@ -126,3 +129,23 @@ def test_k_out_of_range(k: int) -> None:
     """More atoms per token than there are make no sense."""
     with pytest.raises(ValueError, match=f"k={k}"):
         TopKSAE(dim=4, num_atoms=16, k=k)
+
+
+def test_a_step_never_waits_for_the_device() -> None:
+    """As long as no atom can be dead, neither stage's step reads a value back, which would make a GPU wait."""
+
+    class NoReading(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204, PLW3201
+            del types
+            assert func not in {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}, func
+            return func(*args, **(kwargs or {}))
+
+    sae, tokens = TopKSAE(dim=8, num_atoms=16, k=4), torch.randn(40, 8)
+    optimizer = torch.optim.Adam(sae.parameters(), fused=True)
+    with NoReading():
+        sae.loss(tokens).backward()
+        optimizer.step()
+        sae.normalize_atoms()
+    sae.dead_after = 0
+    with NoReading(), pytest.raises(AssertionError, match="nonzero"):
+        sae.loss(tokens)
