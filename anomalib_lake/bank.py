@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
+from anomalib_spg.components.own_image import kept_patches
+
 # One normal patch in a hundred exceeds a deviation of 1. The score is a maximum over patches, so the tail of the
 # distances counts; divided by their mean, the scale with the longer tail would dominate the other.
 QUANTILE = 0.99
@@ -176,25 +178,6 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
         else:  # image by image, so that the table of distances stays in the cache
             distances = torch.stack([nearest(image, self.tokens) for image in tokens])
         return distances / self.distance_scale
-
-
-def kept_patches(grid: tuple[int, int], stride: int, device: torch.device | None = None) -> torch.Tensor:
-    """Numbers of the patches in every ``stride``-th row and column.
-
-    Args:
-        grid (tuple[int, int]): Rows and columns of patches.
-        stride (int): 1 keeps all.
-        device (torch.device | None): Where the numbers are needed.
-
-    Returns:
-        torch.Tensor: Numbers, row by row.
-
-    Example:
-        >>> kept_patches((3, 4), stride=2).tolist()
-        [0, 2, 8, 10]
-    """
-    numbers = torch.arange(grid[0] * grid[1], device=device)
-    return numbers[(numbers // grid[1] % stride == 0) & (numbers % grid[1] % stride == 0)]
 
 
 def stride_of(scale: int) -> int:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from einops import rearrange
 
+from anomalib_spg.components.own_image import kept_patches, outside
 from anomalib_spg.components.precision import full_precision
 from anomalib_spg.explanations.explanation import Explanation
 
-from .bank import average_neighbors, kept_patches, stride_of
-from .own_image import outside
+from .bank import average_neighbors, stride_of
 
 if TYPE_CHECKING:
     from anomalib_spg.components.backbone import Tokens

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from anomalib.data import InferenceBatch
 
+from anomalib_spg.components.own_image import kept_patches
 from anomalib_spg.components.precision import full_precision
 from anomalib_spg.explanations.examples import EXAMPLES, Examples, digest
 
@@ -17,7 +18,6 @@ from .bank import (
     NormalityBank,
     average_neighbors,
     k_center_greedy,
-    kept_patches,
     leave_one_out_correction,
     stride_of,
 )

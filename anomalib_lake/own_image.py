@@ -2,18 +2,12 @@
 
 """Distance of a patch to the rest of its own image: what is normal mostly recurs, a defect seldom does."""
 
-from functools import lru_cache
-
 import torch
 from torch import nn
 
-from .bank import QUANTILE, kept_patches
+from anomalib_spg.components.own_image import own_distances
 
-# Share of the image's height and width that a patch's surroundings reach in each direction. Inside them, patches of
-# the same defect would explain each other.
-SURROUNDINGS = 0.2
-# Patches of an image compared at a time.
-ROWS = 256
+from .bank import QUANTILE
 
 
 class OwnImage(nn.Module):
@@ -73,59 +67,4 @@ class OwnImage(nn.Module):
         Returns:
             torch.Tensor: Distance to the nearest patch outside the surroundings, over the scale ``(B, N)``.
         """
-        if torch.compiler.is_compiling():
-            distances = _distances(tokens, *_tables(grid, stride, tokens.device))
-        else:
-            tables = _tables_once(grid, stride, tokens.device)
-            distances = torch.stack([_distances_in_parts(image, *tables) for image in tokens])
-        return distances / self.distance_scale
-
-
-def _tables(grid: tuple[int, int], stride: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numbers of the kept patches ``(M,)``, and minus infinity where one lies in a patch's surroundings ``(N, M)``."""
-    forbidden = torch.where(outside(grid, stride, device), 0.0, float("-inf"))
-    return kept_patches(grid, stride, device), forbidden
-
-
-# Of the last few sizes of images: made anew for every image, they take as long as the distances.
-_tables_once = lru_cache(maxsize=4)(torch.inference_mode(mode=False)(_tables))
-
-
-def _distances(tokens: torch.Tensor, kept: torch.Tensor, forbidden: torch.Tensor) -> torch.Tensor:
-    """Distances ``(..., N)`` of tokens ``(..., N, K)`` to the nearest kept one that is not forbidden ``(N, M)``."""
-    others = tokens[..., kept, :]
-    squares = tokens.square().sum(dim=-1)
-    brackets = tokens @ others.mT - squares[..., None, kept] / 2 + forbidden.to(tokens.dtype)
-    return (squares - 2 * brackets.amax(dim=-1)).clamp(min=0).sqrt()
-
-
-def _distances_in_parts(tokens: torch.Tensor, kept: torch.Tensor, forbidden: torch.Tensor) -> torch.Tensor:
-    """The same for one image ``(N, K)``, few rows at a time: tables that stay in the cache take a third of the time."""
-    others, squares = tokens[kept].T, tokens.square().sum(dim=1)
-    parts = zip(tokens.split(ROWS), forbidden.to(tokens.dtype).split(ROWS), strict=True)
-    brackets = torch.cat([torch.addmm(hidden - squares[kept] / 2, part, others).amax(dim=1) for part, hidden in parts])
-    return (squares - 2 * brackets).clamp(min=0).sqrt()
-
-
-def outside(grid: tuple[int, int], stride: int = 1, device: torch.device | None = None) -> torch.Tensor:
-    """Which of the kept patches lie outside each patch's surroundings; of a patch that has none there, all.
-
-    Args:
-        grid (tuple[int, int]): Rows and columns of patches.
-        stride (int): Every ``stride``-th row and column is kept, as :func:`.bank.kept_patches` does.
-        device (torch.device | None): Where the truth values are needed.
-
-    Returns:
-        torch.Tensor: Truth values ``(N, M)``.
-
-    Example:
-        >>> outside((1, 10), stride=2)[3].tolist()
-        [True, False, False, True, True]
-    """
-    near = []  # rows, then columns: a table of all patches would take longer than their distances
-    for count in grid:
-        numbers = torch.arange(count, device=device)
-        near.append((numbers[:, None] - numbers[::stride]).abs() <= SURROUNDINGS * count)
-    far = ~(near[0][:, None, :, None] & near[1][None, :, None, :]).flatten(2).flatten(0, 1)
-    has_none = near[0].all(dim=1)[:, None] & near[1].all(dim=1)
-    return far | has_none.flatten()[:, None]
+        return own_distances(tokens, grid, stride) / self.distance_scale

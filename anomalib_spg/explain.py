@@ -28,8 +28,9 @@ def explain(model: SPGModel, tokens: Tokens, image_size: tuple[int, int]) -> lis
     .. math:: \cos(x, g_a) - \cos(x, g_n) = \sum_c w_c \frac{A_c \cdot x}{\lVert x \rVert} = \sum_c t_c(x).
 
     The probability is the sigmoid of that sum, so its distance from 1/2, which is no preference, is divided among the
-    atoms in proportion to their terms: :math:`p - 1/2 = \sum_c t_c \, (p - 1/2) / \sum_c t_c`. Averaging layers,
-    upsampling and smoothing are linear, hence what the atoms add sums to every pixel of the map and to the score.
+    atoms in proportion to their terms: :math:`p - 1/2 = \sum_c t_c \, (p - 1/2) / \sum_c t_c`. With ``own_weight`` the
+    patch's rarity in its image is one more term. Averaging layers, upsampling and smoothing are linear, hence what the
+    terms add sums to every pixel of the map and to the score.
 
     Args:
         model (SPGModel): Model with guides.
@@ -37,8 +38,9 @@ def explain(model: SPGModel, tokens: Tokens, image_size: tuple[int, int]) -> lis
         image_size (tuple[int, int]): Height and width of the images.
 
     Returns:
-        list[Explanation]: One per image. With ``image_score="lse"``, which is not linear, ``other`` holds the
-            difference between the score and the weighted mean of the pixels.
+        list[Explanation]: One per image. ``other`` holds what the rarity adds, where it has a weight, and with
+            ``image_score="lse"``, which is not linear, the difference between the score and the weighted mean of the
+            pixels.
 
     Example:
         >>> from anomalib_spg import SPGModel
@@ -56,25 +58,33 @@ def explain(model: SPGModel, tokens: Tokens, image_size: tuple[int, int]) -> lis
 
 def _explain(model: SPGModel, tokens: Tokens, image_size: tuple[int, int]) -> list[Explanation]:
     layers = list(zip(model.guides, tokens.patches, strict=True))
-    terms = [_terms(patches, guides.atoms, guides.local_strengths(), model.temperature) for guides, patches in layers]
+    terms, rare = [], []
+    for guides, patches in layers:
+        added = model.rarity(patches, tokens.grid)
+        by_atom, by_rarity = _terms(patches, guides.atoms, guides.local_strengths(), model.temperature, added)
+        terms.append(by_atom)
+        rare.append(by_rarity)
     maps = torch.cat(terms, dim=2) / len(layers)
-    probability = 0.5 + maps.sum(dim=2)
+    rarity = torch.stack(rare).mean(dim=0)
+    probability = 0.5 + maps.sum(dim=2) + rarity
     patch_map = rearrange(probability, "b (h w) -> b h w", h=tokens.grid[0])
     anomaly_map = model.anomaly_map_generator(patch_map, image_size)[:, 0]
     pixel_weights = _pixel_weights(model, anomaly_map)
     patch_weights = model.anomaly_map_generator.patch_weights(pixel_weights, tokens.grid).flatten(1)
     contributions = torch.einsum("bnc,bn->bc", maps, patch_weights)
+    by_rarity = (rarity * patch_weights).sum(dim=1)
     scores = model.score(anomaly_map.flatten(1))
-    rest = scores - 0.5 - contributions.sum(dim=1)
+    rest = scores - 0.5 - contributions.sum(dim=1) - by_rarity
     if model.cls_weight > 0:
         pooled = [
-            _terms(x, guides.atoms, guides.global_strengths(), model.temperature)
+            _terms(x, guides.atoms, guides.global_strengths(), model.temperature)[0]
             for guides, x in zip(model.guides, tokens.pooled, strict=True)
         ]
         by_pooled = torch.cat(pooled, dim=1) / len(layers)
         contributions = torch.lerp(contributions, by_pooled, model.cls_weight)
         scores = torch.lerp(scores, 0.5 + by_pooled.sum(dim=1), model.cls_weight)
         rest *= 1 - model.cls_weight
+        by_rarity *= 1 - model.cls_weight
     blocks = torch.cat([
         torch.full((len(guides.atoms),), block)
         for guides, block in zip(model.guides, model.backbone.layers, strict=True)
@@ -93,20 +103,30 @@ def _explain(model: SPGModel, tokens: Tokens, image_size: tuple[int, int]) -> li
             anomaly_map=anomaly_map[i].float().cpu(),
             opposed=None if model.cls_weight > 0 else (contributions[i] > 0).cpu() & pushes_to_normal,
             peak=divmod(int((patch_weights[i] * probability[i]).argmax()), tokens.grid[1]),
-            other={"image score": float(rest[i])} if model.image_score == "lse" else {},
+            other={
+                **({"rare in its image": float(by_rarity[i])} if model.own_weight > 0 else {}),
+                **({"image score": float(rest[i])} if model.image_score == "lse" else {}),
+            },
         )
         for i in range(len(scores))
     ]
 
 
-def _terms(tokens: torch.Tensor, atoms: torch.Tensor, strengths: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Divide ``p - 1/2`` among the atoms: tokens ``(..., D)`` give ``(..., n)``."""
-    terms = F.normalize(tokens, dim=-1, eps=1e-8) @ atoms.T * strengths
-    logit = terms.sum(dim=-1, keepdim=True) / temperature
+def _terms(
+    tokens: torch.Tensor,
+    atoms: torch.Tensor,
+    strengths: torch.Tensor,
+    temperature: float,
+    added: torch.Tensor | float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divide ``p - 1/2`` of tokens ``(..., D)`` among atoms ``(..., n)`` and what is added to the logit ``(...)``."""
+    terms = F.normalize(tokens, dim=-1, eps=1e-8) @ atoms.T * strengths / temperature
+    added = torch.zeros_like(terms[..., 0]) + added
+    logit = (terms.sum(dim=-1) + added)[..., None]
     # (sigmoid(l) - 1/2) / l = tanh(l / 2) / 2l, which tends to 1/4 as l goes to 0
     safe = torch.where(logit.abs() > 1e-4, logit, 1.0)
     per_logit = torch.where(logit.abs() > 1e-4, torch.tanh(safe / 2) / (2 * safe), 0.25)
-    return terms * per_logit / temperature
+    return terms * per_logit, added * per_logit[..., 0]
 
 
 def _pixel_weights(model: SPGModel, anomaly_map: torch.Tensor) -> torch.Tensor:

@@ -107,11 +107,15 @@ class Guides(DynamicBufferMixin):
         Returns:
             torch.Tensor: Probabilities ``(...)`` in ``[0, 1]``.
         """
-        return anomaly_probability(patches, self.vectors[2], self.vectors[3], temperature)
+        return torch.sigmoid(self.local_logit(patches, temperature))
+
+    def local_logit(self, patches: torch.Tensor, temperature: float) -> torch.Tensor:
+        """Logit of that probability ``(...)``."""
+        return anomaly_logit(patches, self.vectors[2], self.vectors[3], temperature)
 
     def global_probability(self, pooled: torch.Tensor, temperature: float) -> torch.Tensor:
         """Probability of each image being anomalous by its pooled token ``(..., D)``."""
-        return anomaly_probability(pooled, self.vectors[0], self.vectors[1], temperature)
+        return torch.sigmoid(anomaly_logit(pooled, self.vectors[0], self.vectors[1], temperature))
 
 
 def _strengths(coefficients: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
@@ -119,13 +123,13 @@ def _strengths(coefficients: torch.Tensor, vectors: torch.Tensor) -> torch.Tenso
     return anomaly - normal
 
 
-def anomaly_probability(
+def anomaly_logit(
     tokens: torch.Tensor,
     normal: torch.Tensor,
     anomaly: torch.Tensor,
     temperature: float,
 ) -> torch.Tensor:
-    """Softmax over the cosines to the normal and the anomaly guide, anomalous class.
+    """Logit of the softmax over the cosines to the normal and the anomaly guide, anomalous class.
 
     Args:
         tokens (torch.Tensor): Tokens ``(..., D)``.
@@ -134,10 +138,10 @@ def anomaly_probability(
         temperature (float): Softmax temperature.
 
     Returns:
-        torch.Tensor: Probabilities ``(...)`` in ``[0, 1]``.
+        torch.Tensor: Logits ``(...)``.
     """
     direction = (F.normalize(anomaly, dim=-1) - F.normalize(normal, dim=-1)) / temperature
-    return torch.sigmoid((tokens @ direction) / tokens.norm(dim=-1).clamp(min=1e-8))
+    return (tokens @ direction) / tokens.norm(dim=-1).clamp(min=1e-8)
 
 
 class _Coefficients(nn.Module):
@@ -254,7 +258,7 @@ def train_guides(
                 vectors = weights @ atoms
                 cosines = F.normalize(cls, dim=1) @ F.normalize(vectors[:2], dim=1).T
                 detection = F.cross_entropy(cosines, targets[batch.to(device)])
-                local = anomaly_probability(x, vectors[2], vectors[3], temperature)
+                local = torch.sigmoid(anomaly_logit(x, vectors[2], vectors[3], temperature))
                 p_anomaly = to_pixels(rearrange(local, "b (h w) -> b h w", h=store.grid[0]), patch_size, size)
                 segmentation = focal_loss(p_anomaly, mask) + dice_loss(p_anomaly, mask)
                 l1 = sparsity * weights.sum(dim=1).mean()

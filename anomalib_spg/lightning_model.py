@@ -90,6 +90,8 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         top_fraction (float): Share of pixels for ``"top"``, in (0, 1]. About the area of the defects you look for:
             it ranks defects of that size better than the maximum, and much smaller ones worse. Defaults to 0.01.
         cls_weight (float): Weight of the score by the pooled token against that of the map. Defaults to 0 (paper).
+        own_weight (float): Weight of a patch's rarity in its own image beside the guides; costs no training. Defaults
+            to 0 (paper). 8 is advice for textures and for guides from other products (ours): see the README.
         memory_limit (float): Most memory stored tokens and masks may take, in GiB. Defaults to 16 (ours).
         tokens_dir (str | Path | None): Folder where they go when they need more. A run deletes its own once the
             guides are saved; if it is interrupted, the same command goes on from what it left. ``None`` refuses
@@ -150,6 +152,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         image_score: Literal["max", "top", "lse"] = "max",
         top_fraction: float = 0.01,
         cls_weight: float = 0.0,
+        own_weight: float = 0.0,
         memory_limit: float = 16.0,
         tokens_dir: str | Path | None = "tokens",
         false_alarm_rate: float | None = None,
@@ -220,6 +223,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             image_score=image_score,
             top_fraction=top_fraction,
             cls_weight=cls_weight,
+            own_weight=own_weight,
         )
         if guides_file is None:
             self.model.settings = asdict(settings)
@@ -470,6 +474,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
                 guides contradict themselves.
         """
         super().on_load_checkpoint(checkpoint)
+        checkpoint.get("hyper_parameters", {}).setdefault("own_weight", 0.0)  # of a release that had none
         check_identity(checkpoint, self._scoring())
         prefix = "model.guides."
         state = checkpoint.get("state_dict", {}).items()
@@ -483,7 +488,8 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         """Arguments that decide what a checkpoint's thresholds mean."""
         model = self.model
         fraction = {"top_fraction": model.top_fraction} if model.image_score == "top" else {}
-        return {"image_score": model.image_score, **fraction, "cls_weight": model.cls_weight}
+        weights = {"cls_weight": model.cls_weight, "own_weight": model.own_weight}
+        return {"image_score": model.image_score, **fraction, **weights}
 
     def identity(self) -> dict[str, Any]:
         """Arguments that decide what a checkpoint's tensors mean."""

@@ -25,6 +25,7 @@ from .components.module_list import ModuleList
 from .components.precision import full_precision
 from .distributed import any_process
 from .guides import Guides, read_guides, save_guides, train_guides
+from .rarity import rarity
 from .sae import TopKSAE, train_sae
 from .settings import GuideSettings
 from .token_store import TokenStore
@@ -58,6 +59,8 @@ class SPGModel(nn.Module):
         top_fraction (float): Share of pixels for ``"top"``, in (0, 1]. Defaults to 0.01.
         cls_weight (float): Weight of the score by the pooled token against that of the map, in [0, 1]. 1 is the
             published CLS score. Defaults to 0 (paper).
+        own_weight (float): Weight of a patch's :func:`.rarity` in its own image, added to the logit of the guides.
+            Defaults to 0 (paper); 8 is advice for textures and for guides from other products (ours).
 
     Attributes:
         guides (ModuleList): The guides of each layer.
@@ -93,6 +96,7 @@ class SPGModel(nn.Module):
         image_score: Literal["max", "top", "lse"] = "max",
         top_fraction: float = 0.01,
         cls_weight: float = 0.0,
+        own_weight: float = 0.0,
     ) -> None:
         super().__init__()
         if image_score not in {"max", "top", "lse"}:
@@ -100,6 +104,9 @@ class SPGModel(nn.Module):
             raise ValueError(msg)
         if not 0 <= cls_weight <= 1:
             msg = f"cls_weight={cls_weight} must lie in [0, 1]; 0 leaves the score to the map."
+            raise ValueError(msg)
+        if not 0 <= own_weight < math.inf:
+            msg = f"own_weight={own_weight} must not be negative; 0 leaves the map to the guides."
             raise ValueError(msg)
         if not 0 < top_fraction <= 1:
             msg = f"top_fraction={top_fraction} must lie in (0, 1]: the share of pixels that make the score."
@@ -120,6 +127,7 @@ class SPGModel(nn.Module):
         self.image_score = image_score
         self.top_fraction = top_fraction
         self.cls_weight = cls_weight
+        self.own_weight = own_weight
         self.anomaly_map_generator = AnomalyMapGenerator(self.backbone.patch_size, sigma, self.backbone.image_size)
 
         self.guides: ModuleList[Guides] = ModuleList(Guides(self.backbone.embed_dim) for _ in self.backbone.layers)
@@ -184,7 +192,7 @@ class SPGModel(nn.Module):
     def _predict(self, tokens: Tokens, size: tuple[int, int]) -> InferenceBatch:
         """Scores and maps from the backbone's tokens of images of a height and width."""
         probability = torch.stack([
-            guides.local_probability(patches, self.temperature)
+            torch.sigmoid(guides.local_logit(patches, self.temperature) + self.rarity(patches, tokens.grid))
             for guides, patches in zip(self.guides, tokens.patches, strict=True)
         ]).mean(dim=0)
         anomaly_map = self.anomaly_map_generator(rearrange(probability, "b (h w) -> b h w", h=tokens.grid[0]), size)
@@ -196,6 +204,18 @@ class SPGModel(nn.Module):
             ]).mean(dim=0)
             score = torch.lerp(score, cls, self.cls_weight)
         return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
+
+    def rarity(self, patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor | float:
+        """Compute what rarity in their own image adds to the logits of patches.
+
+        Args:
+            patches (torch.Tensor): Patch tokens ``(B, N, D)``.
+            grid (tuple[int, int]): Rows and columns of patches.
+
+        Returns:
+            torch.Tensor | float: ``(B, N)``; 0 where it has no weight.
+        """
+        return self.own_weight * rarity(patches, grid) if self.own_weight > 0 else 0.0
 
     def score(self, pixels: torch.Tensor) -> torch.Tensor:
         """Compute image scores from maps, as ``image_score`` says.

@@ -32,6 +32,8 @@ def model_with_guides(layers: tuple[int, ...] = (3, 5), atoms: int = 12, **argum
         {"cls_weight": 0.3, "image_score": "lse"},
         {"cls_weight": 0.3},
         {"sigma": 0},
+        {"own_weight": 8.0},
+        {"own_weight": 8.0, "cls_weight": 0.3, "image_score": "lse"},
     ],
     ids=str,
 )
@@ -45,9 +47,11 @@ def test_atoms_sum_to_score_and_map(arguments: dict[str, object]) -> None:
         total = explanation.base + explanation.contributions.sum() + sum(explanation.other.values())
         torch.testing.assert_close(total, expected.pred_score[index], atol=1e-5, rtol=0)
         assert explanation.score == pytest.approx(float(expected.pred_score[index]), abs=1e-6)
-        maps = model.anomaly_map_generator(0.5 + explanation.maps.sum(dim=0)[None], (60, 90))
-        torch.testing.assert_close(maps[0], expected.anomaly_map[index], atol=1e-5, rtol=0)
-        assert bool(explanation.other) == (arguments.get("image_score") == "lse")
+        if not model.own_weight:
+            maps = model.anomaly_map_generator(0.5 + explanation.maps.sum(dim=0)[None], (60, 90))
+            torch.testing.assert_close(maps[0], expected.anomaly_map[index], atol=1e-5, rtol=0)
+        named = {"rare in its image": "own_weight" in arguments, "image score": arguments.get("image_score") == "lse"}
+        assert set(explanation.other) == {name for name, expected_there in named.items() if expected_there}
         assert ((explanation.units >= 100) == (explanation.blocks == 5)).all()
 
 

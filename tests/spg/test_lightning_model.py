@@ -108,6 +108,7 @@ def test_checkpoint_stands_alone(trained: tuple, mvtec: Path, tmp_path: Path) ->
         ({"image_size": 96}, r"image_size=\[64, 64\], this model has image_size=\[96, 96\]"),
         ({"image_score": "top"}, "image_score=max, this model has image_score=top"),
         ({"cls_weight": 0.5}, "cls_weight=0.0, this model has cls_weight=0.5"),
+        ({"own_weight": 8.0}, "own_weight=0.0, this model has own_weight=8.0"),
     ],
 )
 def test_checkpoint_of_another_model(
@@ -116,6 +117,16 @@ def test_checkpoint_of_another_model(
     """The message says what differs and what to do."""
     with pytest.raises(ValueError, match=message):
         engine(tmp_path).test(build(**arguments), datamodule=data(mvtec), ckpt_path=trained[1].best_model_path)
+
+
+def test_checkpoint_of_a_release_without_rarity(trained: tuple, mvtec: Path, tmp_path: Path) -> None:
+    """Its thresholds belong to maps of the guides alone."""
+    checkpoint = torch.load(trained[1].best_model_path, weights_only=True)
+    del checkpoint["hyper_parameters"]["own_weight"]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    assert SPG.load_from_checkpoint(tmp_path / "old.ckpt").model.own_weight == 0
+    with pytest.raises(ValueError, match=r"saved with own_weight=0\.0, this model has own_weight=8"):
+        engine(tmp_path).test(build(own_weight=8.0), datamodule=data(mvtec), ckpt_path=tmp_path / "old.ckpt")
 
 
 def test_checkpoint_with_damaged_guides(trained: tuple, tmp_path: Path) -> None:

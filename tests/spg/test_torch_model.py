@@ -13,6 +13,7 @@ from scipy.ndimage import gaussian_filter
 from anomalib_spg import SPG, GuideSettings, SPGModel
 from anomalib_spg.components.backbone import Tokens
 from anomalib_spg.guides import save_guides
+from anomalib_spg.rarity import rarity
 from anomalib_spg.token_store import memory_need
 from tests.helpers import TINY
 
@@ -91,6 +92,21 @@ def test_image_scores() -> None:
     torch.testing.assert_close(model(images).pred_score, cls)
     model.cls_weight = 0.25
     torch.testing.assert_close(model(images).pred_score, 0.75 * pixels.max(dim=1).values + 0.25 * cls)
+
+
+def test_rarity_is_added_to_the_logits() -> None:
+    """Its weight times the rarity of each patch of the tokens that the guides read; without a weight, nothing."""
+    model = fitted(layers=[3, 7], sigma=0)
+    images = torch.randn(2, 3, 64, 64)
+    tokens = model.backbone(images)
+    model.own_weight = 8.0
+    parts = [
+        torch.special.logit(guides.local_probability(x, 0.07)) + 8 * rarity(x, (4, 4))
+        for guides, x in zip(model.guides, tokens.patches, strict=True)
+    ]
+    patch_map = torch.stack([part.sigmoid() for part in parts]).mean(dim=0).view(2, 4, 4)
+    expected = model.anomaly_map_generator(patch_map, (64, 64))
+    torch.testing.assert_close(model(images).anomaly_map, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_rounding_stays_in_range() -> None:
@@ -219,6 +235,8 @@ def test_inference_without_guides_is_refused() -> None:
     [
         ({"image_score": "mean"}, "'max', 'top' or 'lse'"),
         ({"cls_weight": 1.5}, "cls_weight=1.5"),
+        ({"own_weight": -1.0}, "own_weight=-1.0"),
+        ({"own_weight": float("nan")}, "own_weight=nan"),
     ],
 )
 def test_bad_arguments(arguments: dict, message: str) -> None:

@@ -58,7 +58,7 @@ def test_resize_is_that_of_torch(shape: tuple[int, ...] | None, precision: str, 
         assert np.abs(result - expected).max() < (1e-5 if precision == "f32" else 3e-3), (height, width)
 
 
-@pytest.fixture(scope="module", params=["LAKE", "SPG"])
+@pytest.fixture(scope="module", params=["LAKE", "SPG", "SPG with rarity"])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[AnomalibModule, Path]:
     """A small model that has learned something, and its OpenVINO file."""
     torch.manual_seed(0)
@@ -68,7 +68,9 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         model.model.train()(torch.randn(3, 3, 64, 64))
         model.model.fit()
     else:
-        model = SPG(**arguments, layers=[0, 1], temperature=0.005)  # so that probabilities are close to 1
+        # A low temperature, so that probabilities are close to 1.
+        own_weight = 8.0 if "rarity" in request.param else 0.0
+        model = SPG(**arguments, layers=[0, 1], temperature=0.005, own_weight=own_weight)
         masks = torch.zeros(4, 64, 64)
         masks[:2, :32, :32] = 1
         model.model.train()(torch.randn(4, 3, 64, 64), masks)
@@ -83,8 +85,9 @@ def test_head_is_computed_in_single_precision(exported: tuple[AnomalibModule, Pa
     graph = ov.Core().read_model(path)
     head = set(head_operations(graph, model.model.backbone))
     products = [node for node in graph.get_ordered_ops() if node.get_type_name() == "MatMul"]
-    # LAKE: distances to bank and own image in two blocks at two scales; SPG: cosines in two blocks; both: the map.
-    expected = 10 if isinstance(model, LAKE) else 4
+    # LAKE: distances to bank and own image in two blocks at two scales; SPG: cosines in two blocks, with rarity
+    # distances, too; both: the map.
+    expected = 10 if isinstance(model, LAKE) else 6 if model.model.own_weight else 4
     assert sum(node.get_friendly_name() in head for node in products) == expected
     half = {"inside": 0, "behind": 0}
     for node in ov.Core().compile_model(path, "CPU").get_runtime_model().get_ordered_ops():
@@ -96,6 +99,18 @@ def test_head_is_computed_in_single_precision(exported: tuple[AnomalibModule, Pa
             half["behind" if node.get_friendly_name() in head else "inside"] += 1
     assert half["behind"] == 0
     assert half["inside"] > 20 or not HAS_BF16
+
+
+@pytest.mark.slow
+def test_file_computes_what_torch_does(exported: tuple[AnomalibModule, Path]) -> None:
+    """In single precision, to what rounding gives."""
+    model, path = exported
+    images = torch.rand(5, 3, 90, 70)
+    with torch.inference_mode():
+        expected = model(images)
+    result = ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(images.numpy())
+    np.testing.assert_allclose(result["pred_score"].flatten(), expected.pred_score, atol=2e-4)
+    np.testing.assert_allclose(result["anomaly_map"], expected.anomaly_map, atol=5e-4)
 
 
 @pytest.mark.slow
