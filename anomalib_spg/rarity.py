@@ -3,7 +3,6 @@
 """Rarity of patches in their own image: evidence of a defect that needs neither labels nor good images."""
 
 import torch
-from torch.nn import functional as F  # noqa: N812
 
 from .components.own_image import own_distances
 
@@ -33,6 +32,8 @@ def rarity(patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         >>> rarity(patches, (1, 40))[0, [0, 30, 31]].round(decimals=2)
         tensor([-1.0000,  0.0000,  0.5800])
     """
-    distances = own_distances(F.normalize(patches, dim=-1, eps=1e-8), grid)
+    # As a product: OpenVINO would round the lengths to half precision where it spreads them over the channels.
+    unit = patches * patches.norm(dim=-1, keepdim=True).clamp(min=1e-8).reciprocal()
+    distances = own_distances(unit, grid)
     usual = distances.topk(max(1, round(RARE * distances.shape[1])), dim=1).values[:, -1:]
     return distances * usual.clamp(min=LEAST).reciprocal() - 1

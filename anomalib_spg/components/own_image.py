@@ -65,9 +65,9 @@ _tables_once = lru_cache(maxsize=4)(torch.inference_mode(mode=False)(_tables))
 
 def _distances(tokens: torch.Tensor, kept: torch.Tensor, forbidden: torch.Tensor) -> torch.Tensor:
     """Distances ``(..., N)`` of tokens ``(..., N, K)`` to the nearest kept one that is not forbidden ``(N, M)``."""
-    others = tokens[..., kept, :]
     squares = tokens.square().sum(dim=-1)
-    brackets = tokens @ others.mT - squares[..., None, kept] / 2 + forbidden.to(tokens.dtype)
+    others, lengths = (tokens, squares) if len(kept) == len(forbidden) else (tokens[..., kept, :], squares[..., kept])
+    brackets = tokens @ others.mT - lengths[..., None, :] / 2 + forbidden.to(tokens.dtype)
     return (squares - 2 * brackets.amax(dim=-1)).clamp(min=0).sqrt()
 
 
