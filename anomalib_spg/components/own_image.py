@@ -49,8 +49,8 @@ def kept_patches(grid: tuple[int, int], stride: int, device: torch.device | None
         >>> kept_patches((3, 4), stride=2).tolist()
         [0, 2, 8, 10]
     """
-    numbers = torch.arange(grid[0] * grid[1], device=device)
-    return numbers[(numbers // grid[1] % stride == 0) & (numbers % grid[1] % stride == 0)]
+    rows, columns = (torch.arange(0, count, stride, device=device) for count in grid)
+    return (rows[:, None] * grid[1] + columns).flatten()
 
 
 def _tables(grid: tuple[int, int], stride: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,10 +65,13 @@ _tables_once = lru_cache(maxsize=4)(torch.inference_mode(mode=False)(_tables))
 
 def _distances(tokens: torch.Tensor, kept: torch.Tensor, forbidden: torch.Tensor) -> torch.Tensor:
     """Distances ``(..., N)`` of tokens ``(..., N, K)`` to the nearest kept one that is not forbidden ``(N, M)``."""
+    # One product of (t, 1) and (b, -|b|^2 / 2), as in the bank: OpenVINO would compute a bias in half precision.
+    others = tokens if len(kept) == len(forbidden) else tokens[..., kept, :]
     squares = tokens.square().sum(dim=-1)
-    others, lengths = (tokens, squares) if len(kept) == len(forbidden) else (tokens[..., kept, :], squares[..., kept])
-    brackets = tokens @ others.mT - lengths[..., None, :] / 2 + forbidden.to(tokens.dtype)
-    return (squares - 2 * brackets.amax(dim=-1)).clamp(min=0).sqrt()
+    with_one = torch.cat([tokens, torch.ones_like(tokens[..., :1])], dim=-1)
+    with_length = torch.cat([others, others.square().sum(dim=-1, keepdim=True) / -2], dim=-1)
+    brackets = with_one @ with_length.mT + forbidden.to(tokens.dtype)
+    return (squares + brackets.amax(dim=-1) * -2).clamp(min=0).sqrt()  # as a sum, for the same reason
 
 
 def _distances_in_parts(tokens: torch.Tensor, kept: torch.Tensor, forbidden: torch.Tensor) -> torch.Tensor:
