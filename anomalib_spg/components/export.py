@@ -156,6 +156,19 @@ def _divide(dividend: Any, divisor: Any) -> "Node":  # noqa: ANN401  # nodes or 
     return op.multiply(op.multiply(dividend, divisor), op.multiply(root, root))
 
 
+def _negative(value: Any) -> "Node":  # noqa: ANN401  # an output of a node
+    """The negative, without a second factor: the runtime puts two into one, whose precision it forgets."""
+    from openvino import opset11 as op
+
+    node = value.get_node()
+    if node.get_type_name() == "Multiply":
+        for own, other in ((0, 1), (1, 0)):
+            factor = node.input_value(own).get_node()
+            if factor.get_type_name() == "Constant":
+                return op.multiply(node.input_value(other), op.constant(-factor.data))
+    return op.multiply(value, op.constant(np.float32(-1)))
+
+
 def write_out(model: "Model", names: Collection[str]) -> None:
     """Replace operations that the runtime rewrites, losing the precision to keep, by what it makes of them.
 
@@ -165,7 +178,6 @@ def write_out(model: "Model", names: Collection[str]) -> None:
     """
     from openvino import opset11 as op
 
-    minus_one = op.constant(np.float32(-1))
     for node in [node for node in model.get_ordered_ops() if node.get_friendly_name() in names]:
         kind, shape = node.get_type_name(), node.get_output_partial_shape(0)
         if kind == "MatMul":
@@ -178,7 +190,7 @@ def write_out(model: "Model", names: Collection[str]) -> None:
         if kind in {"Squeeze", "Unsqueeze"}:
             new = op.reshape(node.input_value(0), sizes, special_zero=False)
         elif kind == "Subtract":
-            new = op.add(node.input_value(0), op.multiply(node.input_value(1), minus_one))
+            new = op.add(node.input_value(0), _negative(node.input_value(1)))
         elif kind == "Divide":
             new = _divide(node.input_value(0), node.input_value(1))
         elif kind == "MatMul" and node.get_input_partial_shape(1).rank.get_length() == 1:

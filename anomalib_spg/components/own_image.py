@@ -66,12 +66,12 @@ _tables_once = lru_cache(maxsize=4)(torch.inference_mode(mode=False)(_tables))
 def _distances(tokens: torch.Tensor, kept: torch.Tensor, forbidden: torch.Tensor) -> torch.Tensor:
     """Distances ``(..., N)`` of tokens ``(..., N, K)`` to the nearest kept one that is not forbidden ``(N, M)``."""
     # One product of (t, 1) and (b, -|b|^2 / 2), as in the bank: OpenVINO would compute a bias in half precision.
-    others = tokens if len(kept) == len(forbidden) else tokens[..., kept, :]
+    others = tokens.index_select(-2, kept)
     squares = tokens.square().sum(dim=-1)
     with_one = torch.cat([tokens, torch.ones_like(tokens[..., :1])], dim=-1)
     with_length = torch.cat([others, others.square().sum(dim=-1, keepdim=True) / -2], dim=-1)
     brackets = with_one @ with_length.mT + forbidden.to(tokens.dtype)
-    return (squares + brackets.amax(dim=-1) * -2).clamp(min=0).sqrt()  # as a sum, for the same reason
+    return (squares - 2 * brackets.amax(dim=-1)).clamp(min=0).sqrt()
 
 
 def _distances_in_parts(tokens: torch.Tensor, kept: torch.Tensor, forbidden: torch.Tensor) -> torch.Tensor:
@@ -87,7 +87,7 @@ def outside(grid: tuple[int, int], stride: int = 1, device: torch.device | None 
 
     Args:
         grid (tuple[int, int]): Rows and columns of patches.
-        stride (int): Every ``stride``-th row and column is kept, as :func:`.bank.kept_patches` does.
+        stride (int): Every ``stride``-th row and column is kept, as :func:`kept_patches` says.
         device (torch.device | None): Where the truth values are needed.
 
     Returns:

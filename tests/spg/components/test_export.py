@@ -3,11 +3,13 @@
 """What is done to an exported OpenVINO file: the resize, and the precision behind the backbone."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openvino as ov
 import pytest
 import torch
+from anomalib.data import InferenceBatch
 from anomalib.models import AnomalibModule
 from openvino import opset11 as op
 from torch.nn import functional as F  # noqa: N812
@@ -101,14 +103,18 @@ def test_head_is_computed_in_single_precision(exported: tuple[AnomalibModule, Pa
     assert half["inside"] > 20 or not HAS_BF16
 
 
+def run_both(exported: tuple[AnomalibModule, Path], count: int, **config: str) -> tuple[InferenceBatch, Any]:
+    """What torch and the file give for so many random images."""
+    model, path = exported
+    images = torch.rand(count, 3, 90, 70)
+    with torch.inference_mode():
+        return model(images), ov.Core().compile_model(path, "CPU", config)(images.numpy())
+
+
 @pytest.mark.slow
 def test_file_computes_what_torch_does(exported: tuple[AnomalibModule, Path]) -> None:
     """In single precision, to what rounding gives."""
-    model, path = exported
-    images = torch.rand(5, 3, 90, 70)
-    with torch.inference_mode():
-        expected = model(images)
-    result = ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(images.numpy())
+    expected, result = run_both(exported, 5, INFERENCE_PRECISION_HINT="f32")
     np.testing.assert_allclose(result["pred_score"].flatten(), expected.pred_score, atol=2e-4)
     np.testing.assert_allclose(result["anomaly_map"], expected.anomaly_map, atol=5e-4)
 
@@ -116,11 +122,7 @@ def test_file_computes_what_torch_does(exported: tuple[AnomalibModule, Path]) ->
 @pytest.mark.slow
 def test_default_precision_ties_no_scores(exported: tuple[AnomalibModule, Path]) -> None:
     """Each of many images has a score of its own; maps have nearly as many values as those of torch."""
-    model, path = exported
-    images = torch.rand(24, 3, 90, 70)
-    with torch.inference_mode():
-        expected = model(images)
-    result = ov.Core().compile_model(path, "CPU")(images.numpy())
+    expected, result = run_both(exported, 24)
     assert len(set(expected.pred_score.tolist())) == 24
     assert len(set(result["pred_score"].flatten().tolist())) == 24
     assert len(np.unique(result["anomaly_map"][0])) > 0.8 * len(expected.anomaly_map[0].unique())
