@@ -6,6 +6,7 @@
     python -m tests.benchmarks.decisions methods
     python -m tests.benchmarks.decisions rules
     python -m tests.benchmarks.decisions rates
+    python -m tests.benchmarks.decisions banks --draws 2
 
 Seven datasets of 40 good images to draw from, 40 unseen good and 40 bad ones, always the same:
 
@@ -19,7 +20,8 @@ places of the whole photograph (of textile: of a random one of 16 images). Hence
 ``n`` good images are all a user has. LAKE, PatchCore and AnomalyDINO compare with min(4, n) of them and place the
 threshold by the others (LAKE: by its own leave-one-out scores, too); SPG learns from anomalies drawn on three quarters
 of them, or on all below 8; its views, three of each image, are drawn once for all draws. Thresholds are those of the
-post-processors. All methods see the same draws: LAKE five, SPG and the peers the first two (``--slow-draws``).
+post-processors. ``banks`` gives LAKE more of them to compare with. All methods see the same draws: LAKE five, SPG and
+the peers the first two (``--slow-draws``).
 
 Printed: share of the unseen good images that are rejected, mean and worst dataset; share of the bad ones that are
 accepted; F1, the best F1 that any threshold reaches on the very same scores, the false alarms it takes there, and the
@@ -237,6 +239,7 @@ class Experiment:
         good: int,
         draw: int,
         rate: float | None = None,
+        shots: int = SHOTS,
     ) -> tuple[GoodPartsPostProcessor, InferenceBatch]:
         """The thresholds that so many good images give, and the predictions they decide about."""
         order = self.parts(name).draw(good, draw)
@@ -250,14 +253,14 @@ class Experiment:
             if good >= FEWEST:
                 post_processor.add_good(held_out.pred_score, held_out.anomaly_map)
         else:
-            predictions = self.predict(method, name, min(SHOTS, good), draw)
-            left_over = some(predictions["images"], order[SHOTS:])
+            predictions = self.predict(method, name, min(shots, good), draw)
+            left_over = some(predictions["images"], order[shots:])
             post_processor = RawScorePostProcessor(false_alarm_rate=rate)
             if method is lake:
                 post_processor, own = LAKE.configure_post_processor(rate), predictions["own"]
-                maps = own.anomaly_map if good <= SHOTS else None
+                maps = own.anomaly_map if good <= shots else None
                 post_processor.add_good(own.pred_score, maps, learned_from=True)
-            if good > SHOTS:
+            if good > shots:
                 post_processor.add_good(left_over.pred_score, left_over.anomaly_map)
         post_processor.place_thresholds()
         return post_processor, predictions["images"]
@@ -388,10 +391,21 @@ def rates(experiment: Experiment, row: Row) -> None:
             )
 
 
+def banks(experiment: Experiment, row: Row) -> None:
+    """LAKE with more of the good images in its bank, and fewer left over."""
+    for good in (8, 16, 30, 40):
+        for shots in sorted({4, min(good // 2, 16), min(good, 16), good}):
+            row(
+                f"{shots} in the bank",
+                good,
+                lambda name, draw, n=good, k=shots: worth(*experiment.good_parts(lake, name, n, draw, shots=k)),
+            )
+
+
 def main() -> None:
     """Print the table asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["methods", "rules", "rates"])
+    parser.add_argument("table", choices=["methods", "rules", "rates", "banks"])
     parser.add_argument("--data", type=Path, default=Path("quickstart"))
     parser.add_argument("--cache", type=Path, default=Path("decisions_tokens"))
     parser.add_argument("--draws", type=int, default=5)
@@ -412,7 +426,7 @@ def main() -> None:
             by_draw = torch.tensor([rate(name, draw) for draw in range(draws)])
             figures.setdefault((title, good), []).append(100 * by_draw.mean(dim=0))
 
-        {"methods": methods, "rules": rules, "rates": rates}[arguments.table](experiment, row)
+        {"methods": methods, "rules": rules, "rates": rates, "banks": banks}[arguments.table](experiment, row)
     columns = ["false alarms", "worst", "misses", "F1", "best F1", "false alarms there", "gap", "pixels", "AUROC"]
     print(f"`python -m tests.benchmarks.decisions {arguments.table}`:\n")
     print(f"| | good images | {' | '.join(columns)} |\n|---|---{'|---' * len(columns)}|")

@@ -21,11 +21,11 @@ from the 41st on. Seconds are the shortest of three where they are below two.
 import argparse
 import math
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from torch.nn import functional as F  # noqa: N812
@@ -38,7 +38,7 @@ from anomalib_spg.quickstart import BACKBONE
 from anomalib_spg.sae import TopKSAE, train_sae
 from anomalib_spg.token_store import TokenStore
 from tests.benchmarks import lake_growth
-from tests.benchmarks.training import DIM, GRID, PATCHES, memory
+from tests.benchmarks.training import DIM, GRID, PATCHES, memory, seconds
 
 Rows = Iterator[tuple[int, dict[str, float]]]  # how much of it, and what was measured, by name and unit
 TITLES = {
@@ -50,30 +50,25 @@ TITLES = {
 }
 
 
-def seconds(run: Callable[[], object]) -> float:
+def shortest(run: Callable[[], object]) -> float:
     """Wall-clock seconds of a call, the shortest of three if they are few."""
     times: list[float] = []
     while len(times) < 3 and sum(times) < 2:
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
+        times.append(seconds(run))
     return min(times)
 
 
 def images(arguments: argparse.Namespace) -> Rows:
     """Memory is what cannot be dropped: pages of files can."""
-    batch = Tokens([torch.randn(100, 64, 64)], [torch.randn(100, 64)], (8, 8))
-    masks, labels = torch.zeros(100, 32, 32, dtype=torch.bool), [False] * 100
+    tokens = Tokens([torch.randn(100, 64, 64)], [torch.randn(100, 64)], (8, 8))
+    batch = (tokens, torch.zeros(100, 32, 32, dtype=torch.bool), [False] * 100)
     for count in (100, 1_000, 10_000, 100_000):
         before = memory("RssAnon", "RssShmem")
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             store = TokenStore(folder)
-            start = time.perf_counter()
-            for _ in range(count // 100):
-                store.add(batch, masks, labels)
-            storing = time.perf_counter() - start
+            storing = seconds(lambda add=store.add, batches=count // 100: [add(*batch) for _ in range(batches)])
             sae = TopKSAE(64, 256, k=8)
-            epoch = seconds(lambda sae=sae, store=store: train_sae(sae, store.patches[0], epochs=1))
+            epoch = shortest(lambda sae=sae, store=store: train_sae(sae, store.patches[0], epochs=1))
             held = memory("RssAnon", "RssShmem") - before
             store.clear()
         yield count, {"storing, s": storing, "epoch of the dictionary, s": epoch, "memory held, GiB": max(held, 1e-3)}
@@ -95,9 +90,9 @@ def resolution(arguments: argparse.Namespace) -> Rows:
             lake.fit()
             lake.eval()
             times = {
-                "LAKE's blocks, s": seconds(lambda: lake.backbone(image)),  # noqa: B023  # called at once
-                "SPG, s": seconds(lambda: spg(image)),  # noqa: B023
-                "LAKE, 4 shots, s": seconds(lambda: lake(image)),  # noqa: B023
+                "LAKE's blocks, s": shortest(lambda: lake.backbone(image)),  # noqa: B023  # called at once
+                "SPG, s": shortest(lambda: spg(image)),  # noqa: B023
+                "LAKE, 4 shots, s": shortest(lambda: lake(image)),  # noqa: B023
             }
         yield size, times
 
@@ -116,8 +111,8 @@ def atoms(arguments: argparse.Namespace) -> Rows:
         yield (
             count,
             {
-                "step of the dictionary, s": seconds(lambda: train_sae(sae, tokens, epochs=1)),  # noqa: B023
-                "step of the guides, s": seconds(
+                "step of the dictionary, s": shortest(lambda: train_sae(sae, tokens, epochs=1)),  # noqa: B023
+                "step of the guides, s": shortest(
                     lambda: train_guides(Guides(DIM), dictionary, alive, store, 0, 14, settings)  # noqa: B023
                 ),
             },
@@ -159,8 +154,7 @@ def processes(arguments: argparse.Namespace) -> Rows:
 
 def exponent(amounts: list[int], values: list[float]) -> float:
     """Slope of the straight line through the logarithms, by least squares."""
-    x, y = (torch.tensor(numbers, dtype=torch.double).log() for numbers in (amounts, values))
-    return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
+    return float(np.polyfit(np.log(amounts), np.log(values), 1)[0])
 
 
 def draw(axes: Axes, title: str, amounts: list[int], curves: dict[str, list[float]]) -> None:

@@ -60,6 +60,13 @@ def spg(data: Path) -> nn.Module:
     return train("SPG", data, Path("openvino_models"))[0].model
 
 
+def spg_with_rarity(data: Path) -> nn.Module:
+    """The same guides, and patches' rarity in their own image."""
+    model = spg(data)
+    model.own_weight = 8.0
+    return model
+
+
 def lake(data: Path, shots: int) -> nn.Module:
     """LAKE with its defaults."""
     model = LAKEModel(BACKBONE, weights=data / WEIGHTS, image_size=SIZE)
@@ -114,6 +121,7 @@ def main() -> None:
     # name: (how to make it, block its backbone stops at)
     builders: dict[str, tuple[Callable[[], nn.Module], int]] = {
         "SPG": (lambda: spg(data), 6),
+        "SPG-rarity": (lambda: spg_with_rarity(data), 6),
         **{f"LAKE-{shots}": (lambda n=shots: lake(data, n), 7) for shots in SHOTS},
         **{
             f"AnomalyDINO-{shots}": (lambda n=shots: peer(data, n, lambda: AnomalyDINOModel(encoder_name=BACKBONE)), 11)
@@ -135,7 +143,7 @@ def main() -> None:
         file = arguments.cache / f"{name}.pt"
         if not file.exists():
             # SPG trains; of the others no gradient is wanted
-            with torch.inference_mode(mode=False), torch.set_grad_enabled(name == "SPG"):
+            with torch.inference_mode(mode=False), torch.set_grad_enabled(name.startswith("SPG")):
                 torch.save(builders[name][0](), file)
         return load_file(file).to(device).eval()
 
