@@ -36,6 +36,7 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
 
     Args:
         size (int | None): Maximum number of tokens. ``None`` keeps all.
+        num_neighbors (int): Nearest tokens whose distances are averaged.
 
     Attributes:
         tokens (torch.Tensor): Kept tokens ``(M, K)``.
@@ -53,12 +54,16 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
         tensor([[0.5000, 2.0000]])
     """
 
-    def __init__(self, size: int | None = None) -> None:
+    def __init__(self, size: int | None = None, num_neighbors: int = 1) -> None:
         super().__init__()
         if size is not None and size < 1:
             msg = f"bank_size={size} must be at least 1, or None to keep every token."
             raise ValueError(msg)
+        if num_neighbors < 1:
+            msg = f"num_neighbors={num_neighbors} must be at least 1, which takes the distance to the nearest token."
+            raise ValueError(msg)
         self.size = size
+        self.num_neighbors = num_neighbors
         self.register_buffer("tokens", torch.empty(0))
         self.register_buffer("image_indices", torch.empty(0, dtype=torch.long))
         self.register_buffer("patch_indices", torch.empty(0, dtype=torch.long))
@@ -152,7 +157,7 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
         if images > 1 or others:
             bank = [image[self._is_worth_keeping(image)] for image in tokens[:, kept]]
             return torch.stack([
-                nearest(image, torch.cat([*others, *bank[:index], *bank[index + 1 :]]))
+                nearest(image, torch.cat([*others, *bank[:index], *bank[index + 1 :]]), self.num_neighbors)
                 for index, image in enumerate(tokens)
             ])
         numbers = torch.arange(patches, device=tokens.device)
@@ -161,7 +166,7 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
         for part in quarter.unique():
             elsewhere = tokens[0, kept[quarter[kept] != part]]
             if len(elsewhere):
-                distances[0, quarter == part] = nearest(tokens[0, quarter == part], elsewhere)
+                distances[0, quarter == part] = nearest(tokens[0, quarter == part], elsewhere, self.num_neighbors)
         return distances
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -171,12 +176,12 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
             tokens (torch.Tensor): Projected patch tokens ``(B, N, K)``.
 
         Returns:
-            torch.Tensor: Distance to the nearest bank token, divided by the distance scale ``(B, N)``.
+            torch.Tensor: Distance to the nearest bank tokens, divided by the distance scale ``(B, N)``.
         """
         if torch.compiler.is_compiling():
-            distances = nearest(tokens, self.tokens)
+            distances = nearest(tokens, self.tokens, self.num_neighbors)
         else:  # image by image, so that the table of distances stays in the cache
-            distances = torch.stack([nearest(image, self.tokens) for image in tokens])
+            distances = torch.stack([nearest(image, self.tokens, self.num_neighbors) for image in tokens])
         return distances / self.distance_scale
 
 
@@ -272,24 +277,36 @@ def k_center_greedy(tokens: torch.Tensor, size: int) -> tuple[torch.Tensor, floa
             new = rows[picked]
 
 
-def nearest(tokens: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
-    """Euclidean distance to the nearest token of a bank.
+def nearest(tokens: torch.Tensor, bank: torch.Tensor, num_neighbors: int = 1) -> torch.Tensor:
+    """Euclidean distance to the nearest tokens of a bank.
 
     Args:
         tokens (torch.Tensor): Tokens ``(..., K)``.
         bank (torch.Tensor): Bank ``(M, K)``.
+        num_neighbors (int): Nearest tokens whose distances are averaged; all, where there are fewer.
 
     Returns:
         torch.Tensor: Distances ``(...)``.
+
+    Example:
+        >>> bank = torch.tensor([[0.0], [1.0], [5.0]])
+        >>> nearest(torch.tensor([[2.0]]), bank), nearest(torch.tensor([[2.0]]), bank, num_neighbors=2)
+        (tensor([1.]), tensor([1.5000]))
     """
     # |t - b|^2 = |t|^2 - 2 (t.b - |b|^2 / 2): the nearest b has the largest bracket. It is one product of (t, 1) and
     # (b, -|b|^2 / 2): a bias would do the same, but OpenVINO computes it in half precision.
     queries = tokens.flatten(0, -2)
     with_one = torch.cat([queries, torch.ones_like(queries[:, :1])], dim=1)
     bank = torch.cat([bank, bank.square().sum(dim=1, keepdim=True) / -2], dim=1)
-    brackets = [(with_one @ chunk.T).amax(dim=1) for chunk in bank.split(CHUNK)]
-    squares = queries.square().sum(dim=1) - 2 * torch.stack(brackets).amax(dim=0)
-    return squares.clamp(min=0).sqrt().view(tokens.shape[:-1])
+    lengths = queries.square().sum(dim=1, keepdim=True)
+    tables = (with_one @ chunk.T for chunk in bank.split(CHUNK))
+    if num_neighbors == 1:  # a maximum is found faster than the highest few
+        largest = torch.stack([table.amax(dim=1, keepdim=True) for table in tables]).amax(dim=0)
+    else:
+        highest = [table.topk(min(num_neighbors, table.shape[1]), dim=1).values for table in tables]
+        largest = torch.cat(highest, dim=1).topk(min(num_neighbors, len(bank)), dim=1).values
+    distances = (lengths - 2 * largest).clamp(min=0).sqrt()
+    return distances.mean(dim=1).view(tokens.shape[:-1])
 
 
 def average_neighbors(tokens: torch.Tensor, grid: tuple[int, int], scale: int) -> torch.Tensor:

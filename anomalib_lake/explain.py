@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 def explain(model: LAKEModel, tokens: Tokens, image_size: tuple[int, int]) -> list[Explanation]:
     r"""Split the scores of a batch into neurons and text.
 
-    A patch's squared distance to the nearest normal patch is a sum over neurons, :math:`d^2 = \sum_k (x_k - m_k)^2`,
-    and so is that to the nearest one elsewhere in its image. The structural part of its anomaly is divided among the
+    A patch's squared distance to a normal patch is a sum over neurons, :math:`d^2 = \sum_k (x_k - m_k)^2`, and so is
+    that to the nearest one elsewhere in its image. The structural part of its anomaly is divided among the
     neurons in proportion to those squares, block by block; the image's score is the mean anomaly of its highest
     patches, hence the neurons and the text sum to it.
 
@@ -87,8 +87,9 @@ def _explain_image(
             projected = neurons.project(by_block[block])[None]
             x = neurons.normalize(average_neighbors(projected, grid, scale))[0]
             bank = banks[number]
-            match = torch.cdist(x, bank.tokens).argmin(dim=1)
-            split = _split(x, bank.tokens[match]) / bank.distance_scale
+            neighbors = min(bank.num_neighbors, len(bank.tokens))
+            match = torch.cdist(x, bank.tokens).topk(neighbors, dim=1, largest=False).indices  # the nearest first
+            split = _split(x[:, None], bank.tokens[match]).mean(dim=1) / bank.distance_scale
             distance = split.sum(dim=1)
             if model.own_weight > 0:
                 own = model.own_images[block_number][number]
@@ -100,7 +101,7 @@ def _explain_image(
                     .argmin(dim=1)
                 )
                 split = torch.lerp(split, _split(x, x[kept[elsewhere]]) / own.distance_scale, model.own_weight)
-            found.append((split, distance, match))
+            found.append((split, distance, match[:, 0]))
         for collected, values in zip((splits, distances, matches), zip(*found, strict=True), strict=True):
             collected.append(torch.stack(values, dim=1))
     deviations = torch.stack(splits).sum(dim=3).mean(dim=2)  # (S, N)
@@ -136,7 +137,7 @@ def _explain_image(
 
 
 def _split(x: torch.Tensor, matches: torch.Tensor) -> torch.Tensor:
-    """Distances of tokens ``(N, K)`` to their matches, divided among the neurons ``(N, K)``."""
+    """Distances of tokens ``(..., K)`` to their matches, divided among the neurons ``(..., K)``."""
     squares = (x - matches).square()
     # distance = sum of squares / distance
-    return squares / squares.sum(dim=1, keepdim=True).sqrt().clamp(min=1e-12)
+    return squares / squares.sum(dim=-1, keepdim=True).sqrt().clamp(min=1e-12)

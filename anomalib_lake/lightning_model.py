@@ -69,6 +69,8 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             before it, or not at all.
         bank_size (int | None): Most tokens per layer in the bank of single patches; that of windows has room for
             half as many (of 3x3), a third (of 5x5). ``None`` keeps all. Defaults to 5504 (ours).
+        num_neighbors (int): Nearest tokens of the bank whose distances are averaged. Defaults to 1 (ours);
+            more rank textures better, and forget the one good image that is taken alike.
         own_weight (float): Weight of a patch's distance to the rest of its own image beside that to the bank, in
             [0, 1]. Defaults to 0.3 (ours); 0 compares with the bank alone (paper).
         top_patches (int): Highest patches whose mean is the image's score. Defaults to 3 (ours); 1 takes the maximum
@@ -128,6 +130,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         selection: Selection = "variance",
         normalization: Normalization = "after",
         bank_size: int | None = 5504,
+        num_neighbors: int = 1,
         own_weight: float = 0.3,
         top_patches: int = 3,
         text_weight: float | None = None,
@@ -185,6 +188,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             selection=selection,
             normalization=normalization,
             bank_size=bank_size,
+            num_neighbors=num_neighbors,
             own_weight=own_weight,
             top_patches=top_patches,
             text_weight=text_weight,
@@ -424,6 +428,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             "num_neurons": model.neurons[0].count,
             "selection": model.neurons[0].selection,
             "normalization": model.neurons[0].normalization,
+            "num_neighbors": model.banks[0][0].num_neighbors,
             "own_weight": model.own_weight,
             "top_patches": model.top_patches,
             "text_weight": model.text_weight,

@@ -76,6 +76,8 @@ class LAKEModel(nn.Module):
         normalization (str): Bring tokens to unit length ``"after"`` the selection (ours), ``"before"``, or ``"none"``.
         bank_size (int | None): Most tokens per layer in the bank of single patches; that of windows has room for
             half as many (of 3x3), a third (of 5x5). ``None`` keeps all. Defaults to 5504 (ours).
+        num_neighbors (int): Nearest tokens of the bank whose distances are averaged. Defaults to 1 (ours);
+            more rank textures better, and forget the one good image that is taken alike.
         own_weight (float): Weight of a patch's distance to the rest of its own image beside that to the bank, in
             [0, 1]. Defaults to 0.3 (ours); 0 compares with the bank alone (paper).
         top_patches (int): Highest patches whose mean is the image's score. Defaults to 3 (ours); 1 takes the maximum
@@ -113,6 +115,7 @@ class LAKEModel(nn.Module):
         selection: Selection = "variance",
         normalization: Normalization = "after",
         bank_size: int | None = 5504,
+        num_neighbors: int = 1,
         own_weight: float = 0.3,
         top_patches: int = 3,
         text_weight: float | None = None,
@@ -186,7 +189,7 @@ class LAKEModel(nn.Module):
         # One per layer and scale; a larger scale keeps fewer windows of an image.
         sizes = [None if bank_size is None else -(-bank_size // stride_of(scale)) for scale in self.scales]
         self.banks: ModuleList[ModuleList[NormalityBank]] = ModuleList(
-            ModuleList(NormalityBank(size) for size in sizes) for _ in self.layers
+            ModuleList(NormalityBank(size, num_neighbors) for size in sizes) for _ in self.layers
         )
         self.own_weight = own_weight
         self.top_patches = top_patches

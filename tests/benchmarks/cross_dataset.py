@@ -7,6 +7,7 @@
     python -m tests.benchmarks.cross_dataset choices
     python -m tests.benchmarks.cross_dataset published
     python -m tests.benchmarks.cross_dataset lake
+    python -m tests.benchmarks.cross_dataset neighbors
     python -m tests.benchmarks.cross_dataset rarity
 
 Photographs of brick, grass and gravel in MVTec AD's layout, and textile, tissue and moon in VisA's, all with drawn
@@ -125,7 +126,7 @@ def test(model: SPGModel, category: Category, **options) -> Rates:
 def main() -> None:  # noqa: C901  # a line for each row
     """Print the table asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["methods", "choices", "published", "lake", "rarity"])
+    parser.add_argument("table", choices=["methods", "choices", "published", "lake", "neighbors", "rarity"])
     parser.add_argument("--data", type=Path, default=Path("quickstart"))
     parser.add_argument("--cache", type=Path, default=Path("cross_dataset_tokens"))
     parser.add_argument("--seeds", type=int, default=3)
@@ -175,6 +176,9 @@ def main() -> None:  # noqa: C901  # a line for each row
 
         return rate
 
+    def few(shots: int, **options) -> Callable:
+        return each(lambda c, s: lake(c, c.train[c.draw(shots, s)], s, **options))
+
     if arguments.table == "methods":
         row("SPG, labelled auxiliary data", spg())
         row("no dictionary: free vectors, same data", spg(dictionary=False))
@@ -185,11 +189,12 @@ def main() -> None:  # noqa: C901  # a line for each row
         for shots in (1, 4):
             row(f"AnomalyDINO, {shots} shots", each(lambda c, s, n=shots: anomaly_dino(c, n, s)))
             row(f"PatchCore, full bank, {shots} shots", each(lambda c, s, n=shots: patchcore(c, n, s, None)))
+    elif arguments.table == "neighbors":
+        for shots in (1, 4, 16):
+            for neighbors, weight in ((1, 0.3), (3, 0.3), (10, 0.3), (1, 0.5), (10, 0.5)):
+                scoring = {"num_neighbors": neighbors, "own_weight": weight}
+                row(f"{shots} shots, num_neighbors {neighbors}, own_weight {weight}", few(shots, scoring=scoring))
     elif arguments.table == "lake":
-
-        def few(shots: int, **options) -> Callable:
-            return each(lambda c, s: lake(c, c.train[c.draw(shots, s)], s, **options))
-
         for shots in (1, 4):
             row(f"default, {shots} shots", few(shots))
             for weight, top in ((0, 1), (0, 3), (0.3, 1), (0.2, 3), (0.5, 3)):

@@ -7,6 +7,7 @@
     python -m tests.benchmarks.decisions rules
     python -m tests.benchmarks.decisions rates
     python -m tests.benchmarks.decisions banks --draws 2
+    python -m tests.benchmarks.decisions neighbors --draws 2
 
 Seven datasets of 40 good images to draw from, 40 unseen good and 40 bad ones, always the same:
 
@@ -20,8 +21,8 @@ places of the whole photograph (of textile: of a random one of 16 images). Hence
 ``n`` good images are all a user has. LAKE, PatchCore and AnomalyDINO compare with min(4, n) of them and place the
 threshold by the others (LAKE: by its own leave-one-out scores, too); SPG learns from anomalies drawn on three quarters
 of them, or on all below 8; its views, three of each image, are drawn once for all draws. Thresholds are those of the
-post-processors. ``banks`` gives LAKE more of them to compare with. All methods see the same draws: LAKE five, SPG and
-the peers the first two (``--slow-draws``).
+post-processors. ``banks`` gives LAKE more of them to compare with, ``neighbors`` averages distances to several of its
+tokens. All methods see the same draws: LAKE five, SPG and the peers the first two (``--slow-draws``).
 
 Printed: share of the unseen good images that are rejected, mean and worst dataset; share of the bad ones that are
 accepted; F1, the best F1 that any threshold reaches on the very same scores, the false alarms it takes there, and the
@@ -151,10 +152,10 @@ class Parts(cross_dataset.Category):
 Predictions = dict[str, InferenceBatch]  # of all images, of "own" ones that are learned from, of "perlin" anomalies
 
 
-def lake(parts: Parts, shots: int, draw: int) -> Predictions:
+def lake(parts: Parts, shots: int, draw: int, num_neighbors: int = 1) -> Predictions:
     """LAKE's own predictions; "own": of each normal image by the others."""
     torch.manual_seed(draw)
-    model = LAKEModel(BACKBONE, pre_trained=False).eval()
+    model = LAKEModel(BACKBONE, pre_trained=False, num_neighbors=num_neighbors).eval()
     for image in parts.train[parts.draw(shots, draw)]:
         model.store({block: image[None, BLOCKS.index(block)].float() for block in DEFAULT}, GRID, (448, 448))
     results = {"own": [model.fit()], "images": [], "perlin": []}
@@ -168,6 +169,16 @@ def lake(parts: Parts, shots: int, draw: int) -> Predictions:
         )
         for key, batches in results.items()
     }
+
+
+def lake_3(parts: Parts, shots: int, draw: int) -> Predictions:
+    """With the three nearest tokens of the bank."""
+    return lake(parts, shots, draw, num_neighbors=3)
+
+
+def lake_10(parts: Parts, shots: int, draw: int) -> Predictions:
+    """With the ten nearest."""
+    return lake(parts, shots, draw, num_neighbors=10)
 
 
 def split(count: int, draw: int) -> tuple[list[int], list[int]]:
@@ -256,7 +267,7 @@ class Experiment:
             predictions = self.predict(method, name, min(shots, good), draw)
             left_over = some(predictions["images"], order[shots:])
             post_processor = RawScorePostProcessor(false_alarm_rate=rate)
-            if method is lake:
+            if method in {lake, lake_3, lake_10}:
                 post_processor, own = LAKE.configure_post_processor(rate), predictions["own"]
                 maps = own.anomaly_map if good <= shots else None
                 post_processor.add_good(own.pred_score, maps, learned_from=True)
@@ -402,10 +413,21 @@ def banks(experiment: Experiment, row: Row) -> None:
             )
 
 
+def neighbors(experiment: Experiment, row: Row) -> None:
+    """LAKE with several nearest tokens of the bank."""
+    for good, shots in ((8, 4), (30, 4), (30, 15)):
+        for count, method in ((1, lake), (3, lake_3), (10, lake_10)):
+            row(
+                f"num_neighbors {count}, {shots} in the bank",
+                good,
+                lambda name, draw, n=good, k=shots, m=method: worth(*experiment.good_parts(m, name, n, draw, shots=k)),
+            )
+
+
 def main() -> None:
     """Print the table asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["methods", "rules", "rates", "banks"])
+    parser.add_argument("table", choices=["methods", "rules", "rates", "banks", "neighbors"])
     parser.add_argument("--data", type=Path, default=Path("quickstart"))
     parser.add_argument("--cache", type=Path, default=Path("decisions_tokens"))
     parser.add_argument("--draws", type=int, default=5)
@@ -426,7 +448,8 @@ def main() -> None:
             by_draw = torch.tensor([rate(name, draw) for draw in range(draws)])
             figures.setdefault((title, good), []).append(100 * by_draw.mean(dim=0))
 
-        {"methods": methods, "rules": rules, "rates": rates, "banks": banks}[arguments.table](experiment, row)
+        tables = {"methods": methods, "rules": rules, "rates": rates, "banks": banks, "neighbors": neighbors}
+        tables[arguments.table](experiment, row)
     columns = ["false alarms", "worst", "misses", "F1", "best F1", "false alarms there", "gap", "pixels", "AUROC"]
     print(f"`python -m tests.benchmarks.decisions {arguments.table}`:\n")
     print(f"| | good images | {' | '.join(columns)} |\n|---|---{'|---' * len(columns)}|")

@@ -67,14 +67,19 @@ class OpenVINO:
         return result["pred_score"].squeeze(), result["pred_label"].squeeze()
 
 
-def train(name: str, data: Path, cache: Path) -> tuple[AnomalibModule, AnomalibDataModule, Path]:
-    """The model of the quickstart's config, trained or restored, with its datamodule and checkpoint."""
+def train(
+    name: str, data: Path, cache: Path, arguments: dict[str, object] | None = None
+) -> tuple[AnomalibModule, AnomalibDataModule, Path]:
+    """The model of the quickstart's config, trained or restored, with its datamodule and checkpoint.
+
+    ``arguments`` replace those of the config's model.
+    """
     overrides = {
         "model.init_args.weights": data / "dinov2_vits14.safetensors",
         "data.init_args.root": data / "textile",
         "data.init_args.num_workers": 0,
         "default_root_dir": cache,
-    }
+    } | {f"model.init_args.{key}": value for key, value in (arguments or {}).items()}
     engine, model, datamodule = Engine.from_config(CONFIG[name], **overrides)
     checkpoint = cache / name / "model.ckpt"
     if not checkpoint.exists():

@@ -11,13 +11,28 @@ from anomalib_lake import bank as module
 from anomalib_lake.bank import NormalityBank, k_center_greedy, nearest
 
 
+@pytest.mark.parametrize("neighbors", [1, 4, 30])
 @pytest.mark.parametrize("chunk", [3, 8, 100])
-def test_nearest_is_the_euclidean_distance(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against torch.cdist in double precision, however the bank is cut."""
+def test_nearest_is_the_euclidean_distance(chunk: int, neighbors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mean of the smallest ones, against torch.cdist in double precision, however the bank is cut."""
     monkeypatch.setattr(module, "CHUNK", chunk)
     tokens, bank = torch.randn(2, 5, 7), torch.randn(20, 7)
-    expected = torch.cdist(tokens.double(), bank.double()).amin(dim=-1)
-    torch.testing.assert_close(nearest(tokens, bank).double(), expected, rtol=1e-4, atol=1e-4)
+    expected = torch.cdist(tokens.double(), bank.double()).sort(dim=-1).values[..., :neighbors].mean(dim=-1)
+    torch.testing.assert_close(nearest(tokens, bank, neighbors).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_several_neighbors_in_scale_and_deviation() -> None:
+    """The leave-one-out distances that give the scale are means of as many as the deviation's are."""
+    tokens, queries = torch.randn(3, 16, 6), torch.randn(2, 16, 6)
+    bank = NormalityBank(num_neighbors=4)
+    bank.fit(tokens, (4, 4))
+
+    def by_hand(query: torch.Tensor, images: list[int]) -> torch.Tensor:
+        return torch.cdist(query, tokens[images].flatten(0, 1)).sort(dim=-1).values[..., :4].mean(dim=-1)
+
+    scale = torch.stack([by_hand(tokens[i], [j for j in range(3) if j != i]) for i in range(3)]).quantile(0.99)
+    torch.testing.assert_close(bank.distance_scale, scale)
+    torch.testing.assert_close(bank(queries), by_hand(queries, [0, 1, 2]) / scale)
 
 
 def test_scale_leaves_one_image_out() -> None:
@@ -188,3 +203,5 @@ def test_bad_size() -> None:
     """A bank of nothing."""
     with pytest.raises(ValueError, match="bank_size=0"):
         NormalityBank(0)
+    with pytest.raises(ValueError, match="num_neighbors=0 must be at least 1"):
+        NormalityBank(num_neighbors=0)

@@ -46,6 +46,7 @@ def check_sum(model: LAKEModel) -> None:
         {"selection": "pca"},
         {"layers": [5]},
         {"own_weight": 0, "top_patches": 1},
+        {"num_neighbors": 5},
     ],
     ids=str,
 )

@@ -216,6 +216,7 @@ def test_checkpoint_of_before_the_own_image(tmp_path: Path) -> None:
         ({"image_size": 96}, r"image_size=\[64, 64\], this model has image_size=\[96, 96\]"),
         ({"backbone": "vit_small_patch16_224"}, "backbone=vit_tiny_patch16_224, this model has backbone=vit_small"),
         ({"selection": "all"}, "selection=variance, this model has selection=all"),
+        ({"num_neighbors": 3}, "num_neighbors=1, this model has num_neighbors=3"),
     ],
 )
 def test_checkpoint_of_another_model(

@@ -335,6 +335,7 @@ def test_order_of_steps() -> None:
         ({"scales": [1, 2]}, r"scales=\[1, 2\] must be odd"),
         ({"temperature": 0}, "temperature=0 must be a positive"),
         ({"bank_size": 0}, "bank_size=0"),
+        ({"num_neighbors": 0}, "num_neighbors=0 must be at least 1"),
         ({"own_weight": -0.1}, r"own_weight=-0\.1 must lie in \[0, 1\]"),
         ({"top_patches": 0}, "top_patches=0 must be at least 1"),
         ({"backbone": TINY_CLIP, "normal_prompts": []}, "normal_prompts"),
