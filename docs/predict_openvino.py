@@ -18,9 +18,8 @@ from PIL import Image
 
 def show(request: openvino.InferRequest, path: str) -> None:
     """Print the decision on an image."""
-    result = request.results
-    decision = "rejected" if result["pred_label"].item() else "accepted"
-    print(f"{path}: {decision}, score {result['pred_score'].item():.4f} (threshold 0.5)")
+    label, score = (request.get_tensor(name).data.item() for name in ("pred_label", "pred_score"))
+    print(f"{path}: {'rejected' if label else 'accepted'}, score {score:.4f} (threshold 0.5)")
 
 
 def main(model: str, *paths: str) -> None:
