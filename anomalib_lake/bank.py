@@ -299,7 +299,8 @@ def nearest(tokens: torch.Tensor, bank: torch.Tensor, num_neighbors: int = 1) ->
     with_one = torch.cat([queries, torch.ones_like(queries[:, :1])], dim=1)
     bank = torch.cat([bank, bank.square().sum(dim=1, keepdim=True) / -2], dim=1)
     lengths = queries.square().sum(dim=1, keepdim=True)
-    tables = (with_one @ chunk.T for chunk in bank.split(CHUNK))
+    # Longer chunks for more neighbours: torch's topk is fast where it keeps less than a 64th.
+    tables = (with_one @ chunk.T for chunk in bank.split(CHUNK * -(-num_neighbors // 4)))
     if num_neighbors == 1:  # a maximum is found faster than the highest few
         largest = torch.stack([table.amax(dim=1, keepdim=True) for table in tables]).amax(dim=0)
     else:

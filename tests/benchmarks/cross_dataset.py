@@ -9,6 +9,7 @@
     python -m tests.benchmarks.cross_dataset lake
     python -m tests.benchmarks.cross_dataset neighbors
     python -m tests.benchmarks.cross_dataset rarity
+    python -m tests.benchmarks.cross_dataset atoms
 
 Photographs of brick, grass and gravel in MVTec AD's layout, and textile, tissue and moon in VisA's, all with drawn
 defects (tests/textures.py): 16 normal training images, 24 good and 24 bad test images of each. Each dataset is the
@@ -126,7 +127,7 @@ def test(model: SPGModel, category: Category, **options) -> Rates:
 def main() -> None:  # noqa: C901  # a line for each row
     """Print the table asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["methods", "choices", "published", "lake", "neighbors", "rarity"])
+    parser.add_argument("table", choices=["methods", "choices", "published", "lake", "neighbors", "rarity", "atoms"])
     parser.add_argument("--data", type=Path, default=Path("quickstart"))
     parser.add_argument("--cache", type=Path, default=Path("cross_dataset_tokens"))
     parser.add_argument("--seeds", type=int, default=3)
@@ -191,7 +192,7 @@ def main() -> None:  # noqa: C901  # a line for each row
             row(f"PatchCore, full bank, {shots} shots", each(lambda c, s, n=shots: patchcore(c, n, s, None)))
     elif arguments.table == "neighbors":
         for shots in (1, 4, 16):
-            for neighbors, weight in ((1, 0.3), (3, 0.3), (10, 0.3), (1, 0.5), (10, 0.5)):
+            for neighbors, weight in ((1, 0.3), (3, 0.3), (10, 0.3), (1, 0.5), (10, 0.5))[: 5 if shots < 16 else 3]:
                 scoring = {"num_neighbors": neighbors, "own_weight": weight}
                 row(f"{shots} shots, num_neighbors {neighbors}, own_weight {weight}", few(shots, scoring=scoring))
     elif arguments.table == "lake":
@@ -210,6 +211,10 @@ def main() -> None:  # noqa: C901  # a line for each row
         for weight in (0.0, 2.0, 4.0, 8.0, 12.0):
             row(f"own_weight {weight:g}", spg(options={"own_weight": weight}))
         row("free vectors, own_weight 8", spg(dictionary=False, options={"own_weight": 8.0}))
+    elif arguments.table == "atoms":
+        for atoms in (128, 256, 384, 512, 768, 1024, 2048):
+            for weight in (0.0, 8.0):
+                row(f"{atoms} atoms, own_weight {weight:g}", spg(num_atoms=atoms, options={"own_weight": weight}))
     elif arguments.table == "published":
         for block in (BLOCK, 11):
             row(
