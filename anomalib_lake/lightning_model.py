@@ -70,7 +70,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         bank_size (int | None): Most tokens per layer in the bank of single patches; that of windows has room for
             half as many (of 3x3), a third (of 5x5). ``None`` keeps all. Defaults to 5504 (ours).
         num_neighbors (int): Nearest tokens of the bank whose distances are averaged. Defaults to 1 (ours);
-            more rank textures better, and forget the one good image that is taken alike.
+            more help where good parts vary more than the images show, and forget the one that is taken alike.
         own_weight (float): Weight of a patch's distance to the rest of its own image beside that to the bank, in
             [0, 1]. Defaults to 0.3 (ours); 0 compares with the bank alone (paper).
         top_patches (int): Highest patches whose mean is the image's score. Defaults to 3 (ours); 1 takes the maximum
