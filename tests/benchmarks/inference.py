@@ -5,13 +5,14 @@
     python -m anomalib_spg.quickstart
     python -m tests.benchmarks.inference
     python -m tests.benchmarks.inference --batches 8 --runs 5 --device cuda
+    python -m tests.benchmarks.inference --models SPG LAKE --precision bf16 --compile
     python -m tests.benchmarks.inference --threads 1  # on a machine that others use too
 
 Times whole forward passes (image tensor to map and score) in turn in one run, and prints the median ratio, with
 quartiles, to the bare backbone stopped at the same block and to all of its blocks. SPG, LAKE, and anomalib's
 AnomalyDINO and PatchCore (10 % coreset) use the same DINOv2-S/14 with real weights, and learn from the quickstart's
 textile; image AUROC is over its first test images. The first image, and memory at that batch size, are measured in a
-process of their own: see first_image.py. Models are kept in ``--cache``.
+process of their own, in single precision and not compiled: see first_image.py. Models are kept in ``--cache``.
 
 WinCLIP (zero-shot) is compared with its own CLIP image tower. Its weights are random, which changes nothing in the
 time; its accuracy is left out.
@@ -113,6 +114,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=["32", "bf16"], default="32", help="bf16: autocast, as bf16-mixed does")
+    parser.add_argument("--compile", action="store_true", help="compile model and bare backbone (torch.compile)")
     arguments = parser.parse_args()
     device, data = torch.device(arguments.device), arguments.data
     torch.set_num_threads(arguments.threads)
@@ -171,7 +174,8 @@ def main() -> None:
     columns = ["model", "batch", "over its blocks", "over all blocks", "ms per image", "AUROC"]
     columns += ["first image, s", "memory, MiB"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    with torch.inference_mode():
+    half = torch.autocast(device.type, torch.bfloat16, enabled=arguments.precision == "bf16")
+    with torch.inference_mode(), half:
         for name, (_, block) in builders.items():
             model = load(name)
             trio: dict[str, Callable] = {"model": model, "same": backbones[block], "all": backbones[11]}
@@ -179,6 +183,8 @@ def main() -> None:
                 trio |= {"same": model.clip.encode_image, "all": model.clip.encode_image}
             size = (240, 240) if name == "WinCLIP" else SIZE
             accuracy = auroc(model) if arguments.images and name != "WinCLIP" else "-"
+            if arguments.compile:
+                trio = {key: torch.compile(runner) for key, runner in trio.items()}
             for batch in arguments.batches:
                 images = torch.randn(batch, 3, *size, device=device)
                 times: dict[str, list[float]] = {key: [] for key in trio}
