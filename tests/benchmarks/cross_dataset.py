@@ -191,10 +191,16 @@ def main() -> None:  # noqa: C901  # a line for each row
             row(f"AnomalyDINO, {shots} shots", each(lambda c, s, n=shots: anomaly_dino(c, n, s)))
             row(f"PatchCore, full bank, {shots} shots", each(lambda c, s, n=shots: patchcore(c, n, s, None)))
     elif arguments.table == "neighbors":
-        for shots in (1, 4, 16):
-            for neighbors, weight in ((1, 0.3), (3, 0.3), (10, 0.3), (1, 0.5), (10, 0.5))[: 5 if shots < 16 else 3]:
-                scoring = {"num_neighbors": neighbors, "own_weight": weight}
-                row(f"{shots} shots, num_neighbors {neighbors}, own_weight {weight}", few(shots, scoring=scoring))
+        for shots, weight, counts in (
+            (1, 0.3, (1, 3, 10)),
+            (1, 0.5, (1, 10)),
+            (4, 0.3, (1, 3, 10)),
+            (4, 0.5, (1, 10)),
+            (16, 0.3, (1, 3, 10)),
+        ):
+            for count in counts:
+                scoring = {"num_neighbors": count, "own_weight": weight}
+                row(f"{shots} shots, num_neighbors {count}, own_weight {weight}", few(shots, scoring=scoring))
     elif arguments.table == "lake":
         for shots in (1, 4):
             row(f"default, {shots} shots", few(shots))

@@ -4,10 +4,10 @@
 
     python -m anomalib_spg.quickstart
     python -m tests.benchmarks.edge
-    python -m tests.benchmarks.edge --model SPG --backbones small --sizes 448
+    python -m tests.benchmarks.edge --backbones small --sizes 448
 
-Trains the quickstart's config with the backbone and resolution of each row (kept in ``--cache``, as are the exported
-files), and prints a table of times and rates, raw image to map and score, batch 1, medians with quartiles:
+Trains LAKE by the quickstart's config with the backbone and resolution of each row (kept in ``--cache``, as are the
+exported files), and prints a table of times and rates, raw image to map and score, batch 1, medians with quartiles:
 
 - one thread: milliseconds in torch, and exported: FP32 at f32 precision, FP32 at the runtime's default (bfloat16 where
   the processor has it), INT8_PTQ at f32;
@@ -30,7 +30,7 @@ import torch
 from anomalib.data.utils import read_image
 from sklearn.metrics import roc_auc_score
 
-from .openvino import CONFIG, OpenVINO, Torch, export, train
+from .openvino import OpenVINO, Torch, export, quartiles, seconds, train
 
 BACKBONES: dict[str, dict[str, object]] = {
     "tiny": {"backbone": "vit_tiny_patch16_224", "weights": "null", "pre_trained": False},
@@ -38,24 +38,6 @@ BACKBONES: dict[str, dict[str, object]] = {
 }
 NAMES = {"tiny": "ViT-T/16, random weights", "small": "DINOv2-S/14"}
 SIZES = (224, 336, 448)
-
-
-def quartiles(values: np.ndarray, digits: int = 0) -> str:
-    """Median and quartiles in words."""
-    low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
-    return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
-
-def milliseconds(runners: list[Torch | OpenVINO], images: np.ndarray, runs: int) -> list[np.ndarray]:
-    """Time of one image for each runner, in turn."""
-    times = np.zeros((runs, len(runners)))
-    for run in range(-1, runs):  # the first one warms up
-        for i, runner in enumerate(runners):
-            start = time.perf_counter()
-            runner(images[:1])
-            if run >= 0:
-                times[run, i] = 1000 * (time.perf_counter() - start)
-    return list(times.T)
 
 
 def throughput(path: Path, images: np.ndarray, runs: int, threads: int) -> tuple[np.ndarray, np.ndarray]:
@@ -88,7 +70,6 @@ def accuracy(runner: OpenVINO, images: np.ndarray, labels: np.ndarray) -> str:
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(CONFIG), default="LAKE")
     parser.add_argument("--backbones", nargs="+", choices=list(BACKBONES), default=list(BACKBONES))
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
     parser.add_argument("--data", type=Path, default=Path("quickstart"))
@@ -100,14 +81,14 @@ def main() -> None:
     torch.set_num_threads(1)
 
     columns = "torch, ms | f32, ms | default, ms | INT8_PTQ, ms | images/s | images/s, throughput mode"
-    print(f"| {arguments.model} | pixels | MB, FP32 and INT8 | {columns} |\n|---|---|---|---|---|---|---|---|---|")
+    print(f"| LAKE | pixels | MB, FP32 and INT8 | {columns} |\n|---|---|---|---|---|---|---|---|---|")
     rated = []
     for backbone in arguments.backbones:
         for size in arguments.sizes:
             cache = arguments.cache / f"{backbone}_{size}"
             changes = BACKBONES[backbone] | {"image_size": size}
-            model, datamodule, _ = train(arguments.model, arguments.data, cache, changes)
-            fp32, ptq = (export(model, datamodule, name, cache / arguments.model) for name in ("fp32", "int8_ptq"))
+            model, datamodule, _ = train("LAKE", arguments.data, cache, changes)
+            fp32, ptq = (export(model, datamodule, name, cache / "LAKE") for name in ("fp32", "int8_ptq"))
             datamodule.setup("test")
             samples = datamodule.test_data.samples
             kinds = [samples[samples.label_index == label][: arguments.images or 8] for label in (0, 1)]
@@ -115,17 +96,18 @@ def main() -> None:
             images = images.transpose(0, 3, 1, 2).astype(np.float32)
             labels = np.repeat([0, 1], [len(kind) for kind in kinds])
 
-            runners = [Torch(model), OpenVINO(fp32, "f32", 1), OpenVINO(fp32, "default", 1), OpenVINO(ptq, "f32", 1)]
-            cells = [quartiles(times) for times in milliseconds(runners, images, arguments.runs)]
+            exact, compressed = OpenVINO(fp32, "f32", 1), OpenVINO(ptq, "f32", 1)
+            runners = {"torch": Torch(model), "f32": exact, "default": OpenVINO(fp32, "default", 1), "PTQ": compressed}
+            cells = [quartiles(1000 * x, 0) for x in seconds(runners, images[:1], arguments.runs).values()]
             cells += [quartiles(rates, 1) for rates in throughput(fp32, images[:16], arguments.runs, threads)]
             megabytes = " and ".join(f"{path.with_suffix('.bin').stat().st_size / 1e6:.0f}" for path in (fp32, ptq))
             print(f"| {NAMES[backbone]} | {size} | {megabytes} | {' | '.join(cells)} |", flush=True)
             if arguments.images and backbone == "small":
-                pair = " | ".join(accuracy(runner, images, labels) for runner in (runners[1], runners[3]))
+                pair = " | ".join(accuracy(runner, images, labels) for runner in (exact, compressed))
                 rated.append(f"| {NAMES[backbone]} | {size} | {pair} |")
     if rated:
         columns = " | ".join(f"{name}: image AUROC | good rejected | bad accepted" for name in ("FP32", "INT8_PTQ"))
-        print(f"\n| {arguments.model} | pixels | {columns} |\n|---|---|---|---|---|---|---|---|", *rated, sep="\n")
+        print(f"\n| LAKE | pixels | {columns} |\n|---|---|---|---|---|---|---|---|", *rated, sep="\n")
 
 
 if __name__ == "__main__":

@@ -102,8 +102,8 @@ def export(model: AnomalibModule, datamodule: AnomalibDataModule, compression: s
     return path
 
 
-def ratios(runners: dict[str, object], images: np.ndarray, runs: int) -> dict[str, str]:
-    """Median and quartiles of the time over that of the first runner, by name."""
+def seconds(runners: dict[str, object], images: np.ndarray, runs: int) -> dict[str, np.ndarray]:
+    """Times of runs made in turn, by name."""
     times: dict[str, list[float]] = {name: [] for name in runners}
     for runner in runners.values():
         runner(images)
@@ -112,12 +112,20 @@ def ratios(runners: dict[str, object], images: np.ndarray, runs: int) -> dict[st
             start = time.perf_counter()
             runners[name](images)
             times[name].append(time.perf_counter() - start)
-    base = np.array(times[next(iter(runners))])
-    cells = {}
-    for name, values in times.items():
-        low, median, high = np.quantile(np.array(values) / base, [0.25, 0.5, 0.75])
-        cells[name] = f"{median:.2f} ({low:.2f} to {high:.2f})"
-    return cells
+    return {name: np.array(values) for name, values in times.items()}
+
+
+def quartiles(values: np.ndarray, digits: int = 2) -> str:
+    """Median and quartiles in words."""
+    low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def ratios(runners: dict[str, object], images: np.ndarray, runs: int) -> dict[str, str]:
+    """Median and quartiles of the time over that of the first runner, by name."""
+    times = seconds(runners, images, runs)
+    base = next(iter(times.values()))
+    return {name: quartiles(values / base) for name, values in times.items()}
 
 
 def main() -> None:
