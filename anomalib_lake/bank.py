@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
-from anomalib_spg.components.own_image import kept_patches
+from anomalib_spg.components.own_image import TABLE, kept_patches
 
 # One normal patch in a hundred exceeds a deviation of 1. The score is a maximum over patches, so the tail of the
 # distances counts; divided by their mean, the scale with the longer tail would dominate the other.
 QUANTILE = 0.99
-# Bank tokens compared at a time: large enough for the matrix product, small enough for the cache.
+# Bank tokens that a CPU compares at a time: large enough for the matrix product, small enough for the cache.
 CHUNK = 512
 # Farthest tokens that k-center greedy looks at in one go.
 AHEAD = 256
@@ -178,7 +178,7 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
         Returns:
             torch.Tensor: Distance to the nearest bank tokens, divided by the distance scale ``(B, N)``.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or tokens.device.type != "cpu":
             distances = nearest(tokens, self.tokens, self.num_neighbors)
         else:  # image by image, so that the table of distances stays in the cache
             distances = torch.stack([nearest(image, self.tokens, self.num_neighbors) for image in tokens])
@@ -267,8 +267,9 @@ def k_center_greedy(tokens: torch.Tensor, size: int) -> tuple[torch.Tensor, floa
             if len(chosen) == size:
                 return chosen, float(squares.amax().clamp(min=0).sqrt())
             farthest, rows = squares.topk(min(AHEAD, len(squares)))
+            among = torch.cdist(tokens[rows], tokens[rows]).square().cpu()
+            farthest = farthest.cpu()  # a GPU would be waited for at each of them
             least = farthest[-1].clamp(min=0)  # no other token is farther
-            among = torch.cdist(tokens[rows], tokens[rows]).square()
             picked: list[int] = []
             while len(picked) < size - len(chosen) and farthest.amax() >= least:
                 picked.append(int(farthest.argmax()))
@@ -300,7 +301,10 @@ def nearest(tokens: torch.Tensor, bank: torch.Tensor, num_neighbors: int = 1) ->
     bank = torch.cat([bank, bank.square().sum(dim=1, keepdim=True) / -2], dim=1)
     lengths = queries.square().sum(dim=1, keepdim=True)
     # Longer chunks for more neighbours: torch's topk is fast where it keeps less than a 64th.
-    tables = (with_one @ chunk.T for chunk in bank.split(CHUNK * -(-num_neighbors // 4)))
+    length = CHUNK * -(-num_neighbors // 4)
+    if tokens.device.type != "cpu":  # starting many small products takes longer than large ones take
+        length = max(length, TABLE // len(queries))
+    tables = (with_one @ chunk.T for chunk in bank.split(length))
     if num_neighbors == 1:  # a maximum is found faster than the highest few
         largest = torch.stack([table.amax(dim=1, keepdim=True) for table in tables]).amax(dim=0)
     else:

@@ -14,7 +14,6 @@ from anomalib.models.components import DynamicBufferMixin
 from einops import rearrange
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from .components.anomaly_map import to_pixels
@@ -145,7 +144,7 @@ def anomaly_logit(
 
 
 class _Coefficients(nn.Module):
-    """The learnable coefficients, as a module of which ``AveragedModel`` can keep an average."""
+    """The learnable coefficients."""
 
     def __init__(self, num_atoms: int, top_k: int | None, start: torch.Tensor | None = None) -> None:
         super().__init__()
@@ -222,7 +221,7 @@ def train_guides(
     if learn_on:
         atoms, atom_indices = guides.atoms.float(), guides.atom_indices
         _check_top_k(top_k, len(atoms), "atoms of the guides")
-        coefficients: nn.Module = _Coefficients(len(atoms), top_k, guides.coefficients.float())
+        coefficients: _Coefficients | _FreeVectors = _Coefficients(len(atoms), top_k, guides.coefficients.float())
     elif dictionary is None or alive is None:
         atoms = torch.eye(guides.vectors.shape[1], device=device)
         mean = torch.stack([tokens.float().mean(dim=0) for tokens in patches]).mean(dim=0)
@@ -239,12 +238,7 @@ def train_guides(
     broadcast(coefficients.parameters())
     batch_size = max(1, batch_size // num_processes())
 
-    def average(kept: torch.Tensor, new: torch.Tensor, step: torch.Tensor | int) -> torch.Tensor:
-        decay = settings.ema_decay
-        weight = torch.as_tensor((1 + step) / (10 + step)).clamp(max=decay) if settings.ema_warmup else decay
-        return torch.lerp(new, kept, torch.as_tensor(weight, dtype=new.dtype, device=new.device))
-
-    averaged = AveragedModel(coefficients, avg_fn=average)  # the first update copies
+    step, averaged = 0, coefficients.raw.detach().clone()
     optimizer = torch.optim.Adam(coefficients.parameters(), lr=learning_rate, betas=(0.5, 0.999))
     targets = torch.tensor(store.labels, dtype=torch.long, device=device)
     size = (masks[0].shape[0], masks[0].shape[1])
@@ -252,12 +246,14 @@ def train_guides(
     with tqdm(range(settings.guide_epochs), desc=description, unit="epoch") as progress:
         for _ in progress:
             totals = torch.zeros(3, device=device)
-            for batch in torch.randperm(len(patches)).split(batch_size):
+            order = torch.randperm(len(patches))
+            kinds = targets[order.to(device)]
+            for batch, kind in zip(order.split(batch_size), kinds.split(batch_size), strict=True):
                 x, cls, mask = (gather(tensors, batch, device) for tensors in (patches, pooled, masks))
                 weights = coefficients()
                 vectors = weights @ atoms
                 cosines = F.normalize(cls, dim=1) @ F.normalize(vectors[:2], dim=1).T
-                detection = F.cross_entropy(cosines, targets[batch.to(device)])
+                detection = F.cross_entropy(cosines, kind)
                 local = torch.sigmoid(anomaly_logit(x, vectors[2], vectors[3], temperature))
                 p_anomaly = to_pixels(rearrange(local, "b (h w) -> b h w", h=store.grid[0]), patch_size, size)
                 segmentation = focal_loss(p_anomaly, mask) + dice_loss(p_anomaly, mask)
@@ -266,7 +262,9 @@ def train_guides(
                 (detection + segmentation + l1).backward()
                 average_processes(parameter.grad for parameter in coefficients.parameters())
                 optimizer.step()
-                averaged.update_parameters(coefficients)
+                decay = min(settings.ema_decay, (1 + step) / (10 + step)) if settings.ema_warmup else settings.ema_decay
+                averaged.lerp_(coefficients.raw.detach(), 1 - decay if step else 1.0)  # the first step's are copied
+                step += 1
                 totals += torch.stack([detection, segmentation, l1]).detach() * len(batch)
             average_processes([totals])
             losses = dict(zip(("detection_loss", "segmentation_loss", "sparsity_loss"), totals.tolist(), strict=True))
@@ -275,7 +273,8 @@ def train_guides(
             log(losses)
 
     with torch.no_grad():
-        learned = averaged.module()
+        coefficients.raw.copy_(averaged)
+        learned = coefficients()
         if dictionary is None and not learn_on:  # each guide is its own atom
             guides.set(F.normalize(learned, dim=1), torch.arange(4, device=device), torch.diag(learned.norm(dim=1)))
             return

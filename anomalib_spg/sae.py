@@ -144,7 +144,7 @@ class TopKSAE(nn.Module):
         self.dead_after = dead_after
         self.dictionary = nn.Parameter(F.normalize(torch.randn(num_atoms, dim), dim=1))
         self.encoder = nn.Parameter(self.dictionary.detach().clone())
-        self.tokens_seen = 0
+        self.longest_silence = 0  # no atom has not fired for more tokens
         self.register_buffer("tokens_since_fired", torch.zeros(num_atoms, dtype=torch.long))
         self.tokens_since_fired: torch.Tensor
 
@@ -175,18 +175,29 @@ class TopKSAE(nn.Module):
         reconstruction = self.decode(code)
         loss = F.mse_loss(reconstruction, tokens)
         seen = len(tokens) * num_processes()
-        self.tokens_seen += seen
+        self.longest_silence += seen
         self.tokens_since_fired = (self.tokens_since_fired + seen).masked_fill(any_process(_fired(code)), 0)
-        if self.tokens_seen <= self.dead_after:  # none can be dead: a GPU is not waited for to count them
+        if self.longest_silence <= self.dead_after:  # none is dead: a GPU is not waited for to count them
             return loss
         dead = torch.nonzero(self.tokens_since_fired > self.dead_after).squeeze(1)
         if len(dead):
             # The dead atoms learn the residual of the living ones, which is a target and gets no gradient.
-            atoms = dead[code.pre_activations[:, dead].topk(min(self.aux_k, len(dead)), dim=1, sorted=False).indices]
-            activations = self._activations(tokens, code.pre_activations, atoms)
-            auxiliary = self.decode(SparseCode(activations, atoms, code.pre_activations))
+            auxiliary = self._dead_code(tokens, dead) @ self.dictionary[dead]
             loss = loss + F.mse_loss(auxiliary, tokens - reconstruction.detach()) / 32
+        else:
+            self.longest_silence = int(self.tokens_since_fired.max())
         return loss
+
+    def _dead_code(self, tokens: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
+        """Activations ``(n, len(dead))`` of dead atoms, all but the ``aux_k`` highest of each token zero.
+
+        So many of the atoms are used that dense products are faster than reading those of each token.
+        """
+        activations = tokens @ self.encoder[dead].T
+        if self.aux_k < len(dead):
+            kept = activations.detach().topk(self.aux_k, dim=1, sorted=False).indices
+            activations = activations * torch.zeros_like(activations).scatter_(1, kept, 1.0)
+        return activations.relu()
 
     @torch.no_grad()
     def normalize_atoms(self) -> None:

@@ -11,6 +11,8 @@ import torch
 SURROUNDINGS = 0.2
 # Patches of an image compared at a time.
 ROWS = 256
+# Distances that an accelerator computes at a time: all at once where they take less than 256 MiB.
+TABLE = 2**26
 
 
 def own_distances(tokens: torch.Tensor, grid: tuple[int, int], stride: int = 1) -> torch.Tensor:
@@ -31,7 +33,11 @@ def own_distances(tokens: torch.Tensor, grid: tuple[int, int], stride: int = 1) 
     if torch.compiler.is_compiling():
         return _distances(tokens, *_tables(grid, stride, tokens.device))
     tables = _tables_once(grid, stride, tokens.device)
-    return torch.stack([_distances_in_parts(image, *tables) for image in tokens])
+    if tokens.device.type == "cpu":
+        return torch.stack([_distances_in_parts(image, *tables) for image in tokens])
+    # Starting many small products takes longer than large ones take.
+    images = max(1, TABLE // tables[1].numel())
+    return torch.cat([_distances(part, *tables) for part in tokens.split(images)])
 
 
 def kept_patches(grid: tuple[int, int], stride: int, device: torch.device | None = None) -> torch.Tensor:

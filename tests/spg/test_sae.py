@@ -24,7 +24,7 @@ def test_encode_decode_and_loss() -> None:
     sae.encoder.data = torch.randn(12, 4)
     before = np.array([0, 50] * 6)
     sae.tokens_since_fired[:] = torch.from_numpy(before)
-    sae.tokens_seen = 100
+    sae.longest_silence = 100
     tokens = torch.randn(5, 4)
     x, w, a = tokens.numpy(), sae.encoder.detach().numpy(), sae.dictionary.detach().numpy()
 
@@ -53,7 +53,7 @@ def test_gradients_are_those_of_the_dense_formula() -> None:
     sae = TopKSAE(dim=8, num_atoms=20, k=3, aux_k=2, dead_after=10)
     sae.encoder.data = torch.randn(20, 8)
     sae.tokens_since_fired[::2] = 100
-    sae.tokens_seen = 100
+    sae.longest_silence = 100
     tokens = torch.randn(7, 8, requires_grad=True)
     inputs = (tokens, sae.encoder, sae.dictionary)
     found = torch.autograd.grad(sae.loss(tokens), inputs)
@@ -148,4 +148,11 @@ def test_a_step_never_waits_for_the_device() -> None:
         sae.normalize_atoms()
     sae.dead_after = 0
     with NoReading(), pytest.raises(AssertionError, match="nonzero"):
+        sae.loss(tokens)
+    # Once it has been seen that all fired lately, none can be dead for a while.
+    sae.dead_after, sae.longest_silence = 100, 99
+    sae.tokens_since_fired[:] = 10
+    sae.loss(tokens)
+    assert sae.longest_silence <= 50
+    with NoReading():
         sae.loss(tokens)
