@@ -7,15 +7,21 @@
     python -m tests.benchmarks.inference --batches 8 --runs 5 --device cuda
     python -m tests.benchmarks.inference --models SPG LAKE --precision bf16 --compile
     python -m tests.benchmarks.inference --threads 1  # on a machine that others use too
+    python -m tests.benchmarks.inference --published --batches 1 8 32 --runs 20 --precision bf16  # needs a GPU
 
 Times whole forward passes (image tensor to map and score) in turn in one run, and prints the median ratio, with
 quartiles, to the bare backbone stopped at the same block and to all of its blocks. SPG, LAKE, and anomalib's
 AnomalyDINO and PatchCore (10 % coreset) use the same DINOv2-S/14 with real weights, and learn from the quickstart's
-textile; image AUROC is over its first test images. The first image, and memory at that batch size, are measured in a
-process of their own, in single precision and not compiled: see first_image.py. Models are kept in ``--cache``.
+textile; image AUROC is over its first test images. The first image, at the first batch size, is measured in a process
+of its own, in single precision and not compiled: see first_image.py. So is memory on a CPU; on a GPU it is the peak of
+what torch allocates for the model and a batch. Models are kept in ``--cache``.
 
 WinCLIP (zero-shot) is compared with its own CLIP image tower. Its weights are random, which changes nothing in the
 time; its accuracy is left out.
+
+``--published`` takes the backbones of the papers' tables, with random weights, since no accuracy is asked for, and
+learns from random images: SPG on DINOv3-L/16 at 448x448 up to the last block, LAKE on CLIP ViT-L/14 at 336x336 with its
+text side, the peers on DINOv2-L/14 at 448x448.
 """
 
 import argparse
@@ -36,6 +42,8 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from anomalib_lake import LAKEModel
+from anomalib_lake.torch_model import DEFAULT_BACKBONE, default_layers
+from anomalib_spg import GuideSettings, SPGModel
 from anomalib_spg.components.backbone import Backbone, read_weights
 from anomalib_spg.components.pre_processor import default_pre_processor
 from anomalib_spg.quickstart import BACKBONE
@@ -46,6 +54,9 @@ from .first_image import load as load_file
 SIZE = (448, 448)
 WEIGHTS = "dinov2_vits14.safetensors"
 SHOTS = (1, 4, 16)
+CLIP_SIZE = (336, 336)
+DINO_L = "vit_large_patch14_dinov2.lvd142m"
+PEERS = {"AnomalyDINO": (4,), "PatchCore": (4, 16)}  # shots in the published setting
 
 
 def read(folder: Path, count: int) -> torch.Tensor:
@@ -76,18 +87,19 @@ def lake(data: Path, shots: int) -> nn.Module:
     return model
 
 
-def peer(data: Path, shots: int, build: Callable[[], nn.Module]) -> nn.Module:
-    """anomalib's AnomalyDINO or PatchCore with the local weights in the place of the hub's."""
+def peer(images: torch.Tensor, build: Callable[[], nn.Module], weights: Path | None = None) -> nn.Module:
+    """anomalib's AnomalyDINO or PatchCore with local weights in the place of the hub's, else random ones."""
     create = timm.create_model
 
     def local(*names: str, **options: object) -> nn.Module:
         vit = create(*names, **{**options, "pretrained": False})
-        vit.load_state_dict(read_weights(data / WEIGHTS), strict=False)
+        if weights is not None:
+            vit.load_state_dict(read_weights(weights), strict=False)
         return vit
 
     with patch("timm.create_model", local):
         model = build()
-    for image in read(data / "textile/train/good", shots):
+    for image in images:
         model.train()(image[None])
     if isinstance(model, PatchcoreModel):
         model.subsample_embedding(0.1)
@@ -103,6 +115,86 @@ def winclip() -> nn.Module:
         return WinClipModel(class_name="textile")
 
 
+# name: (how to make it, its backbone, the block that stops at, the size of its images)
+Builders = dict[str, tuple[Callable[[], nn.Module], Backbone | None, int, tuple[int, int]]]
+
+
+def of_quickstart(data: Path) -> Builders:
+    """Everything on DINOv2-S/14, learned from the textile."""
+    weights, good = data / WEIGHTS, data / "textile/train/good"
+    vit = Backbone(BACKBONE, weights=weights, image_size=SIZE, norm=False)
+    layers = ["blocks.4", "blocks.7"]
+    return {
+        "SPG": (lambda: spg(data), vit, 6, SIZE),
+        "SPG-rarity": (lambda: spg_with_rarity(data), vit, 6, SIZE),
+        **{f"LAKE-{n}": (lambda n=n: lake(data, n), vit, 7, SIZE) for n in SHOTS},
+        **{
+            f"AnomalyDINO-{n}": (
+                lambda n=n: peer(read(good, n), lambda: AnomalyDINOModel(encoder_name=BACKBONE), weights),
+                vit,
+                11,
+                SIZE,
+            )
+            for n in SHOTS
+        },
+        **{
+            f"PatchCore-{n}": (
+                lambda n=n: peer(read(good, n), lambda: PatchcoreModel(layers, BACKBONE), weights),
+                vit,
+                11,
+                SIZE,
+            )
+            for n in SHOTS
+        },
+        "WinCLIP": (winclip, None, 11, (240, 240)),
+    }
+
+
+def of_papers(cache: Path, device: torch.device) -> Builders:
+    """The published backbones with random weights, learned from random images on the device."""
+    clip = cache / "clip.pt"
+    if not clip.exists():
+        torch.save(open_clip.create_model("ViT-L-14-336-quickgelu", pretrained=None).state_dict(), clip)
+
+    def learn(model: nn.Module, shots: int) -> nn.Module:
+        model.to(device).train()
+        for _ in range(shots):
+            model(torch.randn(1, 3, *model.backbone.image_size, device=device))
+        model.fit()
+        return model.cpu()
+
+    def sparse(own_weight: float) -> nn.Module:
+        model = SPGModel(pre_trained=False, image_size=SIZE, own_weight=own_weight).to(device).train()
+        masks = torch.zeros(4, *SIZE, device=device)
+        masks[:2, :50, :50] = 1
+        model(torch.randn(4, 3, *SIZE, device=device), masks)
+        model.fit(GuideSettings(num_atoms=64, k=8, sae_epochs=1, guide_epochs=1))
+        return model.cpu()
+
+    dino3, dino2 = (Backbone(**name, pre_trained=False, image_size=SIZE) for name in ({}, {"name": DINO_L}))
+    tower, layers = Backbone(DEFAULT_BACKBONE, pre_trained=False), [f"blocks.{block}" for block in default_layers(24)]
+    peers: dict[str, Callable[[], nn.Module]] = {
+        "AnomalyDINO": lambda: AnomalyDINOModel(encoder_name=DINO_L).to(device),
+        "PatchCore": lambda: PatchcoreModel(layers, DINO_L).to(device),
+    }
+    return {
+        "SPG": (lambda: sparse(0.0), dino3, 23, SIZE),
+        "SPG-rarity": (lambda: sparse(8.0), dino3, 23, SIZE),
+        **{f"LAKE-{n}": (lambda n=n: learn(LAKEModel(weights=clip), n), tower, 23, CLIP_SIZE) for n in (*SHOTS, 200)},
+        **{
+            f"{name}-{n}": (
+                lambda name=name, n=n: peer(torch.randn(n, 3, *SIZE, device=device), peers[name]).cpu(),
+                dino2,
+                23,
+                SIZE,
+            )
+            for name, counts in PEERS.items()
+            for n in counts
+        },
+        "WinCLIP": (winclip, None, 11, (240, 240)),
+    }
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -116,29 +208,14 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=["32", "bf16"], default="32", help="bf16: autocast, as bf16-mixed does")
     parser.add_argument("--compile", action="store_true", help="compile model and bare backbone (torch.compile)")
+    parser.add_argument("--no-first", dest="first", action="store_false", help="leave the first image out")
+    parser.add_argument("--published", action="store_true", help="the papers' backbones, random weights")
     arguments = parser.parse_args()
     device, data = torch.device(arguments.device), arguments.data
     torch.set_num_threads(arguments.threads)
     arguments.cache.mkdir(parents=True, exist_ok=True)
 
-    # name: (how to make it, block its backbone stops at)
-    builders: dict[str, tuple[Callable[[], nn.Module], int]] = {
-        "SPG": (lambda: spg(data), 6),
-        "SPG-rarity": (lambda: spg_with_rarity(data), 6),
-        **{f"LAKE-{shots}": (lambda n=shots: lake(data, n), 7) for shots in SHOTS},
-        **{
-            f"AnomalyDINO-{shots}": (lambda n=shots: peer(data, n, lambda: AnomalyDINOModel(encoder_name=BACKBONE)), 11)
-            for shots in SHOTS
-        },
-        **{
-            f"PatchCore-{shots}": (
-                lambda n=shots: peer(data, n, lambda: PatchcoreModel(["blocks.4", "blocks.7"], BACKBONE)),
-                11,
-            )
-            for shots in SHOTS
-        },
-        "WinCLIP": (winclip, 11),
-    }
+    builders = of_papers(arguments.cache, device) if arguments.published else of_quickstart(data)
     wanted = tuple(arguments.models or builders)
     builders = {name: builder for name, builder in builders.items() if name.startswith(wanted)}
 
@@ -157,6 +234,21 @@ def main() -> None:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
+    def stopped_at(vit: Backbone, block: int) -> Callable:
+        def run(images: torch.Tensor) -> object:
+            vit.layers = [block]
+            return vit(images)
+
+        return run
+
+    def peak(model: nn.Module, images: torch.Tensor) -> float:
+        """MiB that torch allocates on the GPU for a model and a batch."""
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        seconds(model, images)
+        own = sum(tensor.nbytes for tensor in model.state_dict().values()) + images.nbytes
+        return (torch.cuda.max_memory_allocated() - before + own) / 2**20
+
     def ratio(times: list[float], bases: list[float]) -> str:
         ratios = torch.tensor(times) / torch.tensor(bases)
         low, median, high = ratios.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
@@ -167,37 +259,41 @@ def main() -> None:
         scores = [model(image[None].to(device)).pred_score.item() for kind in kinds for image in kind]
         return f"{roc_auc_score([0] * len(kinds[0]) + [1] * len(kinds[1]), scores):.3f}"
 
-    backbones = {
-        block: Backbone(BACKBONE, layers=[block], weights=data / WEIGHTS, image_size=SIZE, norm=False).to(device)
-        for block in (6, 7, 11)
-    }
-    columns = ["model", "batch", "over its blocks", "over all blocks", "ms per image", "AUROC"]
+    columns = ["model", "batch", "over its blocks", "over all blocks", "ms per image", "images/s", "AUROC"]
     columns += ["first image, s", "memory, MiB"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     half = torch.autocast(device.type, torch.bfloat16, enabled=arguments.precision == "bf16")
     with torch.inference_mode(), half:
-        for name, (_, block) in builders.items():
+        for name, (_, vit, block, size) in builders.items():
             model = load(name)
-            trio: dict[str, Callable] = {"model": model, "same": backbones[block], "all": backbones[11]}
-            if name == "WinCLIP":
-                trio |= {"same": model.clip.encode_image, "all": model.clip.encode_image}
-            size = (240, 240) if name == "WinCLIP" else SIZE
-            accuracy = auroc(model) if arguments.images and name != "WinCLIP" else "-"
+            if vit is None:
+                trio: dict[str, Callable] = dict.fromkeys(("same", "all"), model.clip.encode_image)
+            else:
+                depth = len(vit.to(device).vit.blocks)
+                trio = {"same": stopped_at(vit, block), "all": stopped_at(vit, depth - 1)}
+            trio["model"] = model
+            random = arguments.published or name == "WinCLIP"
+            accuracy = auroc(model) if arguments.images and not random else "-"
             if arguments.compile:
-                trio = {key: torch.compile(runner) for key, runner in trio.items()}
+                trio = {key: torch.compile(runner, dynamic=False) for key, runner in trio.items()}
             for batch in arguments.batches:
                 images = torch.randn(batch, 3, *size, device=device)
                 times: dict[str, list[float]] = {key: [] for key in trio}
-                for runner in trio.values():
+                for runner in (*trio.values(), *trio.values()):
                     seconds(runner, images)
                 for run in range(arguments.runs):
                     for key in list(trio) if run % 2 else reversed(trio):
                         times[key].append(seconds(trio[key], images))
-                file, shape = arguments.cache / f"{name}.pt", tuple(images.shape)
-                first = in_fresh_process(file, shape, device.type, threads=arguments.threads)
                 cells = [name, str(batch), ratio(times["model"], times["same"]), ratio(times["model"], times["all"])]
-                cells += [f"{torch.tensor(times['model']).median().item() * 1e3 / batch:.0f}", accuracy]
-                print(f"| {' | '.join(cells)} | {first['seconds']:.1f} | {first['mib']:.0f} |", flush=True)
+                each = torch.tensor(times["model"]).median().item() / batch
+                cells += [f"{each * 1e3:.3g}", f"{1 / each:.3g}", accuracy, "", ""]
+                if arguments.first and batch == arguments.batches[0]:
+                    file, shape = arguments.cache / f"{name}.pt", tuple(images.shape)
+                    first = in_fresh_process(file, shape, device.type, threads=arguments.threads)
+                    cells[-2:] = [f"{first['seconds']:.1f}", f"{first['mib']:.0f}"]
+                if device.type == "cuda":
+                    cells[-1] = f"{peak(model, images):.0f}"
+                print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
