@@ -4,6 +4,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from anomalib.models.components import DynamicBufferMixin
@@ -306,12 +307,12 @@ def nearest(tokens: torch.Tensor, bank: torch.Tensor, num_neighbors: int = 1) ->
         length = max(length, TABLE // len(queries))
     tables = (with_one @ chunk.T for chunk in bank.split(length))
     if num_neighbors == 1:  # a maximum is found faster than the highest few
-        largest = torch.stack([table.amax(dim=1, keepdim=True) for table in tables]).amax(dim=0)
+        largest = reduce(torch.maximum, [table.amax(dim=1, keepdim=True) for table in tables])
     else:
         highest = [table.topk(min(num_neighbors, table.shape[1]), dim=1).values for table in tables]
         largest = torch.cat(highest, dim=1).topk(min(num_neighbors, len(bank)), dim=1).values
-    distances = (lengths - 2 * largest).clamp(min=0).sqrt()
-    return distances.mean(dim=1).view(tokens.shape[:-1])
+    distances = torch.sub(lengths, largest, alpha=2).clamp(min=0).sqrt()
+    return (distances if num_neighbors == 1 else distances.mean(dim=1)).view(tokens.shape[:-1])
 
 
 def average_neighbors(tokens: torch.Tensor, grid: tuple[int, int], scale: int) -> torch.Tensor:

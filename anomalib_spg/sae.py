@@ -6,6 +6,7 @@ Reference: Gao et al., Scaling and evaluating sparse autoencoders (arXiv 2406.04
 (arXiv 2604.02871).
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -87,11 +88,19 @@ class _Combine(torch.autograd.Function):
 
 def _scatter(tokens: torch.Tensor, weights: torch.Tensor, atoms: torch.Tensor, num_atoms: int) -> torch.Tensor:
     """Sum weighted tokens ``(n, D)`` into the rows of the atoms they use: ``(C, D)``."""
-    number = torch.arange(len(tokens), device=tokens.device).repeat_interleave(atoms.shape[1])
-    code = torch.sparse_coo_tensor(
-        torch.stack([atoms.flatten(), number]), weights.flatten(), (num_atoms, len(tokens)), check_invariants=False
-    )
-    return torch.sparse.mm(code, tokens)
+    # Rows must be sorted for a product that is fast on a GPU, too: 0.6 ms where unsorted ones take 2.5.
+    atom, order = atoms.flatten().sort(stable=True)
+    ends = torch.searchsorted(atom, torch.arange(num_atoms + 1, device=atom.device))
+    with warnings.catch_warnings():  # torch says that it calls these tensors beta
+        warnings.filterwarnings("ignore", "Sparse CSR")
+        code = torch.sparse_csr_tensor(
+            ends,
+            order // atoms.shape[1],
+            weights.flatten()[order],
+            (num_atoms, len(tokens)),
+            check_invariants=False,
+        )
+    return code @ tokens
 
 
 def _fired(code: SparseCode) -> torch.Tensor:

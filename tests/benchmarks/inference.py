@@ -195,6 +195,48 @@ def of_papers(cache: Path, device: torch.device) -> Builders:
     }
 
 
+def seconds(model: Callable, images: torch.Tensor) -> float:
+    """Of a pass, the accelerator's queue included."""
+    start = time.perf_counter()
+    model(images)
+    if images.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def stopped_at(vit: Backbone, block: int) -> Callable:
+    """The bare backbone up to a block."""
+
+    def run(images: torch.Tensor) -> object:
+        vit.layers = [block]
+        return vit(images)
+
+    return run
+
+
+def peak(model: nn.Module, images: torch.Tensor) -> float:
+    """MiB that torch allocates on the GPU for a model and a batch."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    seconds(model, images)
+    own = sum(tensor.nbytes for tensor in model.state_dict().values()) + images.nbytes
+    return (torch.cuda.max_memory_allocated() - before + own) / 2**20
+
+
+def ratio(times: list[float], bases: list[float]) -> str:
+    """Median and quartiles of the ratios of runs made in turn."""
+    ratios = torch.tensor(times) / torch.tensor(bases)
+    low, median, high = ratios.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+    return f"{median:.2f} ({low:.2f} to {high:.2f})"
+
+
+def auroc(model: nn.Module, data: Path, count: int, device: torch.device) -> str:
+    """Of images of the textile."""
+    kinds = [read(data / "textile/test" / kind, count) for kind in ("good", "defect")]
+    scores = [model(image[None].to(device)).pred_score.item() for kind in kinds for image in kind]
+    return f"{roc_auc_score([0] * len(kinds[0]) + [1] * len(kinds[1]), scores):.3f}"
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -227,38 +269,6 @@ def main() -> None:
                 torch.save(builders[name][0](), file)
         return load_file(file).to(device).eval()
 
-    def seconds(model: Callable, images: torch.Tensor) -> float:
-        start = time.perf_counter()
-        model(images)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    def stopped_at(vit: Backbone, block: int) -> Callable:
-        def run(images: torch.Tensor) -> object:
-            vit.layers = [block]
-            return vit(images)
-
-        return run
-
-    def peak(model: nn.Module, images: torch.Tensor) -> float:
-        """MiB that torch allocates on the GPU for a model and a batch."""
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        seconds(model, images)
-        own = sum(tensor.nbytes for tensor in model.state_dict().values()) + images.nbytes
-        return (torch.cuda.max_memory_allocated() - before + own) / 2**20
-
-    def ratio(times: list[float], bases: list[float]) -> str:
-        ratios = torch.tensor(times) / torch.tensor(bases)
-        low, median, high = ratios.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-        return f"{median:.2f} ({low:.2f} to {high:.2f})"
-
-    def auroc(model: nn.Module) -> str:
-        kinds = [read(data / "textile/test" / kind, arguments.images) for kind in ("good", "defect")]
-        scores = [model(image[None].to(device)).pred_score.item() for kind in kinds for image in kind]
-        return f"{roc_auc_score([0] * len(kinds[0]) + [1] * len(kinds[1]), scores):.3f}"
-
     columns = ["model", "batch", "over its blocks", "over all blocks", "ms per image", "images/s", "AUROC"]
     columns += ["first image, s", "memory, MiB"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
@@ -273,7 +283,7 @@ def main() -> None:
                 trio = {"same": stopped_at(vit, block), "all": stopped_at(vit, depth - 1)}
             trio["model"] = model
             random = arguments.published or name == "WinCLIP"
-            accuracy = auroc(model) if arguments.images and not random else "-"
+            accuracy = auroc(model, data, arguments.images, device) if arguments.images and not random else "-"
             if arguments.compile:
                 trio = {key: torch.compile(runner, dynamic=False) for key, runner in trio.items()}
             for batch in arguments.batches:
