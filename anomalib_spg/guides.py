@@ -263,7 +263,7 @@ def train_guides(
                 average_processes(parameter.grad for parameter in coefficients.parameters())
                 optimizer.step()
                 decay = min(settings.ema_decay, (1 + step) / (10 + step)) if settings.ema_warmup else settings.ema_decay
-                averaged.lerp_(coefficients.raw.detach(), 1 - decay if step else 1.0)  # the first step's are copied
+                averaged = torch.lerp(coefficients.raw.detach(), averaged, decay if step else 0.0)  # copies the first
                 step += 1
                 totals += torch.stack([detection, segmentation, l1]).detach() * len(batch)
             average_processes([totals])

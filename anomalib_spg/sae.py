@@ -88,14 +88,21 @@ class _Combine(torch.autograd.Function):
 
 def _scatter(tokens: torch.Tensor, weights: torch.Tensor, atoms: torch.Tensor, num_atoms: int) -> torch.Tensor:
     """Sum weighted tokens ``(n, D)`` into the rows of the atoms they use: ``(C, D)``."""
-    # Rows must be sorted for a product that is fast on a GPU, too: 0.6 ms where unsorted ones take 2.5.
+    count = atoms.shape[1]
+    if tokens.device.type == "cpu":
+        number = torch.arange(len(tokens)).repeat_interleave(count)
+        numbers, size = torch.stack([atoms.flatten(), number]), (num_atoms, len(tokens))
+        return torch.sparse.mm(
+            torch.sparse_coo_tensor(numbers, weights.flatten(), size, check_invariants=False), tokens
+        )
+    # A GPU sorts the atoms, and then takes 0.6 ms where it takes 2.5 without.
     atom, order = atoms.flatten().sort(stable=True)
     ends = torch.searchsorted(atom, torch.arange(num_atoms + 1, device=atom.device))
     with warnings.catch_warnings():  # torch says that it calls these tensors beta
         warnings.filterwarnings("ignore", "Sparse CSR")
         code = torch.sparse_csr_tensor(
             ends,
-            order // atoms.shape[1],
+            order // count,
             weights.flatten()[order],
             (num_atoms, len(tokens)),
             check_invariants=False,

@@ -5,6 +5,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from copy import deepcopy
 
 import pytest
 import torch
@@ -58,6 +59,18 @@ def test_coreset() -> None:
     (expected, radius), (found, other) = k_center_greedy(tokens, 700), k_center_greedy(tokens.cuda(), 700)
     assert (expected == found.cpu()).float().mean() > 0.99
     assert abs(radius - other) < 1e-3
+
+
+def test_gradients_of_the_dictionary() -> None:
+    """Loss and gradients are those of the CPU, those of dead atoms included."""
+    sae = TopKSAE(16, 60, k=4, aux_k=5, dead_after=10)
+    sae.tokens_since_fired[::2] = sae.longest_silence = 100
+    copy, tokens, found = deepcopy(sae).cuda(), torch.randn(50, 16), []
+    for model, device in ((sae, "cpu"), (copy, "cuda")):
+        loss = model.loss(tokens.to(device))
+        loss.backward()
+        found.append([loss.detach().cpu(), model.encoder.grad.cpu(), model.dictionary.grad.cpu()])
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("own_weight", [0.0, 8.0])
