@@ -303,7 +303,7 @@ def nearest(tokens: torch.Tensor, bank: torch.Tensor, num_neighbors: int = 1) ->
     lengths = queries.square().sum(dim=1, keepdim=True)
     # Longer chunks for more neighbours: torch's topk is fast where it keeps less than a 64th.
     length = CHUNK * -(-num_neighbors // 4)
-    if tokens.device.type != "cpu":  # starting many small products takes longer than large ones take
+    if tokens.device.type != "cpu":
         length = max(length, TABLE // len(queries))
     tables = (with_one @ chunk.T for chunk in bank.split(length))
     if num_neighbors == 1:  # a maximum is found faster than the highest few

@@ -238,6 +238,7 @@ def train_guides(
     broadcast(coefficients.parameters())
     batch_size = max(1, batch_size // num_processes())
 
+    # The moving average of the coefficients. torch's AveragedModel would make a GPU wait for its counter in every step.
     step, averaged = 0, coefficients.raw.detach().clone()
     optimizer = torch.optim.Adam(coefficients.parameters(), lr=learning_rate, betas=(0.5, 0.999))
     targets = torch.tensor(store.labels, dtype=torch.long, device=device)
@@ -247,13 +248,13 @@ def train_guides(
         for _ in progress:
             totals = torch.zeros(3, device=device)
             order = torch.randperm(len(patches))
-            kinds = targets[order.to(device)]
-            for batch, kind in zip(order.split(batch_size), kinds.split(batch_size), strict=True):
+            ordered = targets[order.to(device)]
+            for batch, target in zip(order.split(batch_size), ordered.split(batch_size), strict=True):
                 x, cls, mask = (gather(tensors, batch, device) for tensors in (patches, pooled, masks))
                 weights = coefficients()
                 vectors = weights @ atoms
                 cosines = F.normalize(cls, dim=1) @ F.normalize(vectors[:2], dim=1).T
-                detection = F.cross_entropy(cosines, kind)
+                detection = F.cross_entropy(cosines, target)
                 local = torch.sigmoid(anomaly_logit(x, vectors[2], vectors[3], temperature))
                 p_anomaly = to_pixels(rearrange(local, "b (h w) -> b h w", h=store.grid[0]), patch_size, size)
                 segmentation = focal_loss(p_anomaly, mask) + dice_loss(p_anomaly, mask)
@@ -263,7 +264,8 @@ def train_guides(
                 average_processes(parameter.grad for parameter in coefficients.parameters())
                 optimizer.step()
                 decay = min(settings.ema_decay, (1 + step) / (10 + step)) if settings.ema_warmup else settings.ema_decay
-                averaged = torch.lerp(coefficients.raw.detach(), averaged, decay if step else 0.0)  # copies the first
+                decay = decay if step else 0.0  # the average begins with the first
+                averaged = torch.lerp(coefficients.raw.detach(), averaged, decay)
                 step += 1
                 totals += torch.stack([detection, segmentation, l1]).detach() * len(batch)
             average_processes([totals])

@@ -11,7 +11,7 @@ import torch
 SURROUNDINGS = 0.2
 # Patches of an image compared at a time.
 ROWS = 256
-# Distances that an accelerator computes at a time: all at once where they take less than 256 MiB.
+# Most distances that an accelerator, whose cost is to start operations, computes at a time: 256 MiB.
 TABLE = 2**26
 
 
@@ -35,7 +35,6 @@ def own_distances(tokens: torch.Tensor, grid: tuple[int, int], stride: int = 1) 
     tables = _tables_once(grid, stride, tokens.device)
     if tokens.device.type == "cpu":
         return torch.stack([_distances_in_parts(image, *tables) for image in tokens])
-    # Starting many small products takes longer than large ones take.
     images = max(1, TABLE // tables[1].numel())
     return torch.cat([_distances(part, *tables) for part in tokens.split(images)])
 

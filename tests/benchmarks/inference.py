@@ -28,6 +28,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
@@ -115,49 +116,39 @@ def winclip() -> nn.Module:
         return WinClipModel(class_name="textile")
 
 
-# name: (how to make it, its backbone, the block that stops at, the size of its images)
-Builders = dict[str, tuple[Callable[[], nn.Module], Backbone | None, int, tuple[int, int]]]
+# name: (how to make it, how its backbone, the block that stops at, the size of its images)
+Builders = dict[str, tuple[Callable[[], nn.Module], Callable[[], Backbone] | None, int, tuple[int, int]]]
 
 
 def of_quickstart(data: Path) -> Builders:
     """Everything on DINOv2-S/14, learned from the textile."""
     weights, good = data / WEIGHTS, data / "textile/train/good"
-    vit = Backbone(BACKBONE, weights=weights, image_size=SIZE, norm=False)
-    layers = ["blocks.4", "blocks.7"]
+    vit = cache(lambda: Backbone(BACKBONE, weights=weights, image_size=SIZE, norm=False))
+    peers: dict[str, Callable[[], nn.Module]] = {
+        "AnomalyDINO": lambda: AnomalyDINOModel(encoder_name=BACKBONE),
+        "PatchCore": lambda: PatchcoreModel(["blocks.4", "blocks.7"], BACKBONE),
+    }
     return {
         "SPG": (lambda: spg(data), vit, 6, SIZE),
         "SPG-rarity": (lambda: spg_with_rarity(data), vit, 6, SIZE),
         **{f"LAKE-{n}": (lambda n=n: lake(data, n), vit, 7, SIZE) for n in SHOTS},
         **{
-            f"AnomalyDINO-{n}": (
-                lambda n=n: peer(read(good, n), lambda: AnomalyDINOModel(encoder_name=BACKBONE), weights),
-                vit,
-                11,
-                SIZE,
-            )
-            for n in SHOTS
-        },
-        **{
-            f"PatchCore-{n}": (
-                lambda n=n: peer(read(good, n), lambda: PatchcoreModel(layers, BACKBONE), weights),
-                vit,
-                11,
-                SIZE,
-            )
+            f"{name}-{n}": (lambda build=build, n=n: peer(read(good, n), build, weights), vit, 11, SIZE)
+            for name, build in peers.items()
             for n in SHOTS
         },
         "WinCLIP": (winclip, None, 11, (240, 240)),
     }
 
 
-def of_papers(cache: Path, device: torch.device) -> Builders:
+def of_papers(folder: Path, device: torch.device) -> Builders:
     """The published backbones with random weights, learned from random images on the device."""
-    clip = cache / "clip.pt"
-    if not clip.exists():
-        torch.save(open_clip.create_model("ViT-L-14-336-quickgelu", pretrained=None).state_dict(), clip)
 
-    def learn(model: nn.Module, shots: int) -> nn.Module:
-        model.to(device).train()
+    def lake_on_clip(shots: int) -> nn.Module:
+        file = folder / "clip.pt"
+        if not file.exists():
+            torch.save(open_clip.create_model("ViT-L-14-336-quickgelu", pretrained=None).state_dict(), file)
+        model = LAKEModel(weights=file).to(device).train()
         for _ in range(shots):
             model(torch.randn(1, 3, *model.backbone.image_size, device=device))
         model.fit()
@@ -171,8 +162,10 @@ def of_papers(cache: Path, device: torch.device) -> Builders:
         model.fit(GuideSettings(num_atoms=64, k=8, sae_epochs=1, guide_epochs=1))
         return model.cpu()
 
-    dino3, dino2 = (Backbone(**name, pre_trained=False, image_size=SIZE) for name in ({}, {"name": DINO_L}))
-    tower, layers = Backbone(DEFAULT_BACKBONE, pre_trained=False), [f"blocks.{block}" for block in default_layers(24)]
+    dino3 = cache(lambda: Backbone(pre_trained=False, image_size=SIZE))
+    dino2 = cache(lambda: Backbone(DINO_L, pre_trained=False, image_size=SIZE))
+    tower = cache(lambda: Backbone(DEFAULT_BACKBONE, pre_trained=False))
+    layers = [f"blocks.{block}" for block in default_layers(24)]
     peers: dict[str, Callable[[], nn.Module]] = {
         "AnomalyDINO": lambda: AnomalyDINOModel(encoder_name=DINO_L).to(device),
         "PatchCore": lambda: PatchcoreModel(layers, DINO_L).to(device),
@@ -180,7 +173,7 @@ def of_papers(cache: Path, device: torch.device) -> Builders:
     return {
         "SPG": (lambda: sparse(0.0), dino3, 23, SIZE),
         "SPG-rarity": (lambda: sparse(8.0), dino3, 23, SIZE),
-        **{f"LAKE-{n}": (lambda n=n: learn(LAKEModel(weights=clip), n), tower, 23, CLIP_SIZE) for n in (*SHOTS, 200)},
+        **{f"LAKE-{n}": (lambda n=n: lake_on_clip(n), tower, 23, CLIP_SIZE) for n in (*SHOTS, 200)},
         **{
             f"{name}-{n}": (
                 lambda name=name, n=n: peer(torch.randn(n, 3, *SIZE, device=device), peers[name]).cpu(),
@@ -274,13 +267,13 @@ def main() -> None:
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     half = torch.autocast(device.type, torch.bfloat16, enabled=arguments.precision == "bf16")
     with torch.inference_mode(), half:
-        for name, (_, vit, block, size) in builders.items():
+        for name, (_, bare, block, size) in builders.items():
             model = load(name)
-            if vit is None:
+            if bare is None:
                 trio: dict[str, Callable] = dict.fromkeys(("same", "all"), model.clip.encode_image)
             else:
-                depth = len(vit.to(device).vit.blocks)
-                trio = {"same": stopped_at(vit, block), "all": stopped_at(vit, depth - 1)}
+                vit = bare().to(device)
+                trio = {"same": stopped_at(vit, block), "all": stopped_at(vit, len(vit.vit.blocks) - 1)}
             trio["model"] = model
             random = arguments.published or name == "WinCLIP"
             accuracy = auroc(model, data, arguments.images, device) if arguments.images and not random else "-"

@@ -29,7 +29,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -226,11 +225,9 @@ def published(arguments: argparse.Namespace) -> None:
         return 20 * side**3 / seconds(lambda: [a @ b for _ in range(10)])
 
     images, size = max(16, round(IMAGES * arguments.share)), (448, 448)
-    settings = GuideSettings()
-    settings = replace(
-        settings,
-        sae_epochs=max(1, round(settings.sae_epochs * arguments.share)),
-        guide_epochs=max(1, round(settings.guide_epochs * arguments.share)),
+    settings = GuideSettings(
+        sae_epochs=max(1, round(GuideSettings.sae_epochs * arguments.share)),
+        guide_epochs=max(1, round(GuideSettings.guide_epochs * arguments.share)),
     )
     rates = {name: rate(dtype) for name, dtype in (("32", torch.float32), ("bf16", torch.bfloat16))}
     model = SPGModel(pre_trained=False, image_size=size).to(device).train()
