@@ -4,7 +4,6 @@
 
 import math
 from collections.abc import Sequence
-from functools import reduce
 
 import torch
 from anomalib.models.components import DynamicBufferMixin
@@ -18,8 +17,10 @@ from anomalib_spg.components.own_image import TABLE, kept_patches
 # One normal patch in a hundred exceeds a deviation of 1. The score is a maximum over patches, so the tail of the
 # distances counts; divided by their mean, the scale with the longer tail would dominate the other.
 QUANTILE = 0.99
-# Bank tokens that a CPU compares at a time: large enough for the matrix product, small enough for the cache.
-CHUNK = 512
+# Most distances that a CPU computes at a time: 4 MiB, which stay in its cache.
+CACHED = 2**20
+# Bank tokens of which only the nearest is looked at first, where several are asked for.
+GROUP = 16
 # Farthest tokens that k-center greedy looks at in one go.
 AHEAD = 256
 
@@ -283,12 +284,12 @@ def nearest(tokens: torch.Tensor, bank: torch.Tensor, num_neighbors: int = 1) ->
     """Euclidean distance to the nearest tokens of a bank.
 
     Args:
-        tokens (torch.Tensor): Tokens ``(..., K)``.
+        tokens (torch.Tensor): Tokens ``(..., N, K)``.
         bank (torch.Tensor): Bank ``(M, K)``.
         num_neighbors (int): Nearest tokens whose distances are averaged; all, where there are fewer.
 
     Returns:
-        torch.Tensor: Distances ``(...)``.
+        torch.Tensor: Distances ``(..., N)``.
 
     Example:
         >>> bank = torch.tensor([[0.0], [1.0], [5.0]])
@@ -297,22 +298,29 @@ def nearest(tokens: torch.Tensor, bank: torch.Tensor, num_neighbors: int = 1) ->
     """
     # |t - b|^2 = |t|^2 - 2 (t.b - |b|^2 / 2): the nearest b has the largest bracket. It is one product of (t, 1) and
     # (b, -|b|^2 / 2): a bias would do the same, but OpenVINO computes it in half precision.
-    queries = tokens.flatten(0, -2)
-    with_one = torch.cat([queries, torch.ones_like(queries[:, :1])], dim=1)
-    bank = torch.cat([bank, bank.square().sum(dim=1, keepdim=True) / -2], dim=1)
-    lengths = queries.square().sum(dim=1, keepdim=True)
-    # Longer chunks for more neighbours: torch's topk is fast where it keeps less than a 64th.
-    length = CHUNK * -(-num_neighbors // 4)
-    if tokens.device.type != "cpu":
-        length = max(length, TABLE // len(queries))
-    tables = (with_one @ chunk.T for chunk in bank.split(length))
-    if num_neighbors == 1:  # a maximum is found faster than the highest few
-        largest = reduce(torch.maximum, [table.amax(dim=1, keepdim=True) for table in tables])
+    with_one = torch.cat([tokens, torch.ones_like(tokens[..., :1])], dim=-1)
+    with_length = torch.cat([bank, bank.square().sum(dim=1, keepdim=True) / -2], dim=1)
+    if tokens.device.type == "cpu":
+        rows = max(1, CACHED // len(bank))
     else:
-        highest = [table.topk(min(num_neighbors, table.shape[1]), dim=1).values for table in tables]
-        largest = torch.cat(highest, dim=1).topk(min(num_neighbors, len(bank)), dim=1).values
-    distances = torch.sub(lengths, largest, alpha=2).clamp(min=0).sqrt()
-    return (distances if num_neighbors == 1 else distances.mean(dim=1)).view(tokens.shape[:-1])
+        rows = max(1, TABLE // (tokens[..., 0, 0].numel() * len(bank)))
+    brackets = [_highest(part @ with_length.T, num_neighbors) for part in with_one.split(rows, dim=-2)]
+    squares = tokens.square().sum(dim=-1, keepdim=True) - 2 * torch.cat(brackets, dim=-2)
+    return squares.clamp(min=0).sqrt().mean(dim=-1)
+
+
+def _highest(table: torch.Tensor, count: int) -> torch.Tensor:
+    """Highest values of each row of a table ``(..., M)``: ``(..., count)``, or all ``M`` where there are fewer."""
+    if count == 1:
+        return table.amax(dim=-1, keepdim=True)
+    columns = table.shape[-1] // GROUP * GROUP
+    if columns <= count * GROUP:
+        return table.topk(min(count, table.shape[-1]), dim=-1).values
+    # They lie in the groups that have the highest maxima: a maximum is found much faster than the highest few.
+    groups = table[..., :columns].unflatten(-1, (GROUP, -1))
+    best = groups.amax(dim=-2, keepdim=True).topk(count, dim=-1).indices
+    among = groups.gather(-1, best.expand(*groups.shape[:-1], -1)).flatten(-2)
+    return torch.cat([among, table[..., columns:]], dim=-1).topk(count, dim=-1).values
 
 
 def average_neighbors(tokens: torch.Tensor, grid: tuple[int, int], scale: int) -> torch.Tensor:

@@ -11,12 +11,16 @@ from anomalib_lake import bank as module
 from anomalib_lake.bank import NormalityBank, k_center_greedy, nearest
 
 
-@pytest.mark.parametrize("neighbors", [1, 4, 30])
-@pytest.mark.parametrize("chunk", [3, 8, 100])
-def test_nearest_is_the_euclidean_distance(chunk: int, neighbors: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mean of the smallest ones, against torch.cdist in double precision, however the bank is cut."""
-    monkeypatch.setattr(module, "CHUNK", chunk)
-    tokens, bank = torch.randn(2, 5, 7), torch.randn(20, 7)
+@pytest.mark.parametrize("neighbors", [1, 2, 5, 30, 100])
+@pytest.mark.parametrize(("table", "group"), [(1, 16), (200, 4), (1000, 8)])
+def test_nearest_is_the_euclidean_distance(
+    table: int, group: int, neighbors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mean of the smallest ones, against torch.cdist in double precision, however tokens and bank are cut."""
+    monkeypatch.setattr(module, "CACHED", table)
+    monkeypatch.setattr(module, "GROUP", group)
+    tokens, bank = torch.randn(2, 7, 5), torch.randn(93, 5)
+    bank[50:60] = bank[49]  # several that are equally near
     expected = torch.cdist(tokens.double(), bank.double()).sort(dim=-1).values[..., :neighbors].mean(dim=-1)
     torch.testing.assert_close(nearest(tokens, bank, neighbors).double(), expected, rtol=1e-4, atol=1e-4)
 
