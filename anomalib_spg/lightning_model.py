@@ -457,6 +457,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint stand alone: restoring it needs neither hub nor weights nor guides file."""
         super().on_save_checkpoint(checkpoint)
+        checkpoint["identity"] |= self._scoring()
         checkpoint["hyper_parameters"] |= {
             **self.identity(),
             "temperature": self.model.temperature,

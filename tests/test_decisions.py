@@ -97,7 +97,8 @@ def factory(
 def test_training_says_what_is_known(factory: Factory) -> None:
     """Number of good parts, threshold, the rate to expect with its interval; no figure that looks like a test."""
     found = re.search(
-        r"Threshold [\d.]+ from (\d+) good images. It will reject about 8.0% of good parts", factory.trained
+        r"Threshold [\d.]+ \(shown as 0\.5\) from (\d+) good images. It will reject about 8.0% of good parts",
+        factory.trained,
     )
     assert found
     assert int(found[1]) == {"lake": 20, "spg": 20}[factory.name]

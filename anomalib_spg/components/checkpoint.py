@@ -21,7 +21,8 @@ def check_identity(checkpoint: dict[str, Any], identity: dict[str, Any]) -> None
     Example:
         >>> check_identity({"hyper_parameters": {"layers": [3]}}, {"layers": [3], "backbone": "vit_tiny_patch16_224"})
     """
-    saved = checkpoint.get("hyper_parameters", {})
+    # Lightning's load_from_checkpoint writes the arguments it is given over the hyperparameters.
+    saved = checkpoint.get("hyper_parameters", {}) | checkpoint.get("identity", {})
     for name, own in identity.items():
         if saved.get(name, own) != own:
             msg = (

@@ -263,6 +263,11 @@ class FrozenBackboneMixin(ExactExports):
         del args, kwargs
         return batch.update(**self.model(batch.image)._asdict())
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the checkpoint's tensors mean where nothing writes over it."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["identity"] = self.identity()
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore component configuration, and refuse the checkpoint of another model.
 

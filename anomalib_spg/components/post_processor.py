@@ -240,14 +240,15 @@ class GoodPartsPostProcessor(PostProcessor):
         named = self.false_alarm_rate or FALSE_ALARM_RATE
         own, placed = float(torch.sigmoid(torch.tensor(known.logit))), float(logit(self.image_threshold))
         expected = f"about {known.rate:.1%} of good parts ({low:.1%} to {high:.1%} with 90 % probability)"
+        shown = " (shown as 0.5)" if self.enable_normalization else ""
         if abs(placed - known.logit) < 1e-3:
-            words = f"Threshold {own:.3f} from {known.images} good images. It will reject {expected}."
+            words = f"Threshold {own:.3f}{shown} from {known.images} good images. It will reject {expected}."
         else:
             good = [*self._scores["held_out"], *self._scores["good"]]
             words = (
-                f"Threshold {float(self.image_threshold):.3f}, moved by bad images: {sum(x > placed for x in good)} of "
-                f"{len(good)} held-out good images lie above it. Good images alone would place it at {own:.3f}, to "
-                f"reject {expected}."
+                f"Threshold {float(self.image_threshold):.3f}{shown}, moved by bad images: "
+                f"{sum(x > placed for x in good)} of {len(good)} held-out good images lie above it. Good images "
+                f"alone would place it at {own:.3f}, to reject {expected}."
             )
         if not known.is_conformal:
             enough = math.ceil(2 / named - 1e-9) - 1

@@ -201,6 +201,7 @@ def test_checkpoint_of_before_the_own_image(tmp_path: Path) -> None:
     checkpoint: dict[str, Any] = {"state_dict": model.state_dict(), "hyper_parameters": {}}
     checkpoint["pytorch-lightning_version"] = "2.5.0"
     model.on_save_checkpoint(checkpoint)
+    del checkpoint["identity"]
     for name in ("own_weight", "top_patches"):
         del checkpoint["hyper_parameters"][name]
     torch.save(checkpoint, tmp_path / "old.ckpt")
@@ -222,9 +223,11 @@ def test_checkpoint_of_before_the_own_image(tmp_path: Path) -> None:
 def test_checkpoint_of_another_model(
     trained: tuple, mvtec: Path, tmp_path: Path, arguments: dict, message: str
 ) -> None:
-    """The message says what differs and what to do."""
+    """The message says what differs and what to do, whether the model was made before or from the checkpoint."""
     with pytest.raises(ValueError, match=message):
         engine(tmp_path).test(build(**arguments), datamodule=data(mvtec), ckpt_path=trained[1].best_model_path)
+    with pytest.raises(ValueError, match=message):
+        LAKE.load_from_checkpoint(trained[1].best_model_path, **arguments)
 
 
 @pytest.mark.slow

@@ -114,15 +114,17 @@ def test_checkpoint_stands_alone(trained: tuple, mvtec: Path, tmp_path: Path) ->
 def test_checkpoint_of_another_model(
     trained: tuple, mvtec: Path, tmp_path: Path, arguments: dict, message: str
 ) -> None:
-    """The message says what differs and what to do."""
+    """The message says what differs and what to do, whether the model was made before or from the checkpoint."""
     with pytest.raises(ValueError, match=message):
         engine(tmp_path).test(build(**arguments), datamodule=data(mvtec), ckpt_path=trained[1].best_model_path)
+    with pytest.raises(ValueError, match=message):
+        SPG.load_from_checkpoint(trained[1].best_model_path, **arguments)
 
 
 def test_checkpoint_of_a_release_without_rarity(trained: tuple, mvtec: Path, tmp_path: Path) -> None:
     """Its thresholds belong to maps of the guides alone."""
     checkpoint = torch.load(trained[1].best_model_path, weights_only=True)
-    del checkpoint["hyper_parameters"]["own_weight"]
+    del checkpoint["identity"], checkpoint["hyper_parameters"]["own_weight"]
     torch.save(checkpoint, tmp_path / "old.ckpt")
     assert SPG.load_from_checkpoint(tmp_path / "old.ckpt").model.own_weight == 0
     with pytest.raises(ValueError, match=r"saved with own_weight=0\.0, this model has own_weight=8"):
