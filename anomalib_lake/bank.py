@@ -97,10 +97,20 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
         """
         kept = kept_patches(grid, stride, tokens.device)
         for number, image in zip(numbers, tokens[:, kept], strict=True):
-            worth = self._is_worth_keeping(image)
-            self._added.append((image[worth], torch.full_like(kept, number)[worth], kept[worth]))
-            if self.size is not None and self.num_added > 2 * self.size:
-                self._reduce()
+            self.add_image(image, kept, number)
+
+    def add_image(self, tokens: torch.Tensor, patches: torch.Tensor, number: int) -> None:
+        """Take up tokens of one normal image.
+
+        Args:
+            tokens (torch.Tensor): Projected tokens ``(M, K)``.
+            patches (torch.Tensor): The patches of the image that they show ``(M,)``.
+            number (int): Its number among the normal images.
+        """
+        worth = self._is_worth_keeping(tokens)
+        self._added.append((tokens[worth], torch.full_like(patches, number)[worth], patches[worth]))
+        if self.size is not None and self.num_added > 2 * self.size:
+            self._reduce()
 
     def fit(
         self,
@@ -108,6 +118,7 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
         grid: tuple[int, int],
         stride: int = 1,
         numbers: Sequence[int] | None = None,
+        copies: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> torch.Tensor:
         """Fill the bank with the images added before and some more.
 
@@ -116,6 +127,9 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
             grid (tuple[int, int]): Rows and columns of patches, ``N = rows * columns``.
             stride (int): Keep only the tokens of every ``stride``-th row and column.
             numbers (Sequence[int] | None): Their numbers among the normal images. ``None`` counts from 0.
+            copies (Sequence[tuple[torch.Tensor, torch.Tensor]] | None): Of each of them the tokens ``(M, K)`` that its
+                rotated copies add, and the patches ``(M,)`` that these show. An image and its copies are thinned to its
+                share of the bank before they are compared with others. ``None`` where there are no copies.
 
         Returns:
             torch.Tensor: Deviation of each patch of these images from all the other images ``(I, N)``; of a single
@@ -125,12 +139,17 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
             ValueError: If every normal patch has an exact copy in another image, so that the distances vanish.
         """
         self._reduce()
-        distances = self._leave_one_out(tokens, grid, kept_patches(grid, stride, tokens.device))
+        kept = kept_patches(grid, stride, tokens.device)
+        images = [(image, kept) for image in tokens[:, kept]]
+        if copies is not None:
+            images = [self._join(image, of_image, len(images)) for image, of_image in zip(images, copies, strict=True)]
+        distances = self._leave_one_out(tokens, grid, kept, [rows for rows, _ in images])
         self.distance_scale = distances.quantile(QUANTILE)
         if not self.distance_scale > 2e-3 * tokens.norm(dim=-1).mean():  # what rounding alone gives
             msg = "The normal images are copies of each other, or all of one colour. Give images that differ."
             raise ValueError(msg)
-        self.add(tokens, range(len(tokens)) if numbers is None else numbers, grid, stride)
+        for number, (rows, patches) in zip(range(len(tokens)) if numbers is None else numbers, images, strict=True):
+            self.add_image(rows, patches, number)
         self._reduce()
         self.tokens, self.image_indices, self.patch_indices = (
             torch.cat(values) for values in zip(*self._added, strict=True)
@@ -152,17 +171,29 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
         chosen, self.radius = k_center_greedy(rows[0], self.size)
         self._added = [tuple(values[chosen] for values in rows)]
 
-    def _leave_one_out(self, tokens: torch.Tensor, grid: tuple[int, int], kept: torch.Tensor) -> torch.Tensor:
-        """Distance of images to those added before and the other ones; of a single image, to its other quarters."""
-        images, patches = tokens.shape[:2]
+    def _join(
+        self, image: tuple[torch.Tensor, torch.Tensor], copies: tuple[torch.Tensor, torch.Tensor], images: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens of an image and its copies, and their patches, thinned to the share of one of so many images."""
+        tokens, patches = (torch.cat(values) for values in zip(image, copies, strict=True))
+        share = len(tokens) if self.size is None else -(-self.size // images)
+        if len(tokens) > share:
+            chosen, _ = k_center_greedy(tokens, share)
+            tokens, patches = tokens[chosen], patches[chosen]
+        return tokens, patches
+
+    def _leave_one_out(
+        self, tokens: torch.Tensor, grid: tuple[int, int], kept: torch.Tensor, images: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Distance of images to those added before and what the others give the bank; of one alone, to its quarters."""
         others = [rows[0] for rows in self._added]
-        if images > 1 or others:
-            bank = [image[self._is_worth_keeping(image)] for image in tokens[:, kept]]
+        if len(images) > 1 or others:
+            bank = [image[self._is_worth_keeping(image)] for image in images]
             return torch.stack([
                 nearest(image, torch.cat([*others, *bank[:index], *bank[index + 1 :]]), self.num_neighbors)
                 for index, image in enumerate(tokens)
             ])
-        numbers = torch.arange(patches, device=tokens.device)
+        numbers = torch.arange(tokens.shape[1], device=tokens.device)
         quarter = numbers // grid[1] * 2 // grid[0] * 2 + numbers % grid[1] * 2 // grid[1]
         distances = torch.zeros_like(tokens[..., 0])
         for part in quarter.unique():

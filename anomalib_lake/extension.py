@@ -85,7 +85,12 @@ class Extension:
                     projected = neurons.project(tokens[layer])
                     for scale, bank in zip(model.scales, banks, strict=True):
                         averaged = neurons.normalize(average_neighbors(projected, grid, scale))
-                        _append(bank, averaged, kept_patches(grid, stride_of(scale), images.device), numbers)
+                        kept = kept_patches(grid, stride_of(scale), images.device)
+                        _append(bank, averaged[:, kept].flatten(0, 1), kept.repeat(len(images)), numbers)
+            for number, image in zip(numbers.split(1), images if model.num_rotations > 1 else [], strict=False):
+                for banks, by_scale in zip(model.banks, model.rotated(image, model.pixel_aspect), strict=True):
+                    for bank, (copies, patches) in zip(banks, by_scale, strict=True):
+                        _append(bank, copies, patches, number)
         self._grid, self._size = grid, (images.shape[-2], images.shape[-1])
         self._kept += [
             (self.next + index, {layer: patches[index : index + 1].clone() for layer, patches in tokens.items()})
@@ -168,11 +173,11 @@ def earlier_images(model: LAKEModel, checkpoint: str | Path) -> dict[int, bytes]
     return {}
 
 
-def _append(bank: NormalityBank, tokens: torch.Tensor, kept: torch.Tensor, numbers: torch.Tensor) -> None:
-    """Add the kept patches of images ``(I, N, K)``; in between a bank may hold twice its size."""
-    bank.tokens = torch.cat([bank.tokens, tokens[:, kept].flatten(0, 1)])
-    bank.image_indices = torch.cat([bank.image_indices, numbers.repeat_interleave(len(kept))])
-    bank.patch_indices = torch.cat([bank.patch_indices, kept.repeat(len(numbers))])
+def _append(bank: NormalityBank, tokens: torch.Tensor, patches: torch.Tensor, numbers: torch.Tensor) -> None:
+    """Add tokens ``(M, K)`` of patches ``(M,)``, as many of each image; in between a bank may hold twice its size."""
+    bank.tokens = torch.cat([bank.tokens, tokens])
+    bank.image_indices = torch.cat([bank.image_indices, numbers.repeat_interleave(len(tokens) // len(numbers))])
+    bank.patch_indices = torch.cat([bank.patch_indices, patches])
     if bank.size is not None and len(bank.tokens) > 2 * bank.size:
         _thin(bank)
 

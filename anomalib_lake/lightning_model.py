@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from anomalib.data import AnomalibDataset, ImageBatch
+from anomalib.data.utils import read_image
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule, MemoryBankMixin
 from anomalib.visualization import Visualizer
@@ -20,8 +21,11 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from matplotlib.figure import Figure
 from torch import nn
+from torchvision.transforms.v2 import Resize
+from tqdm import tqdm
 
 from anomalib_spg.components.backbone import Tokens
+from anomalib_spg.components.checkpoint import check_identity
 from anomalib_spg.components.held_out import ENOUGH, MOST, choose, good_validation_images
 from anomalib_spg.components.lightning import FrozenBackboneMixin, check_seed
 from anomalib_spg.components.normal_images import draw_normal_images, image_labels
@@ -71,6 +75,8 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             half as many (of 3x3), a third (of 5x5). ``None`` keeps all. Defaults to 5504 (ours).
         num_neighbors (int): Nearest tokens of the bank whose distances are averaged. Defaults to 1 (ours);
             more help where good parts vary more than the images show, and forget the one that is taken alike.
+        num_rotations (int): Directions in which each normal image goes into the bank: 8 takes it as it is and rotated
+            by 45, 90, ... degrees, for parts that may lie in any direction. Defaults to 1 (ours), as it is only.
         own_weight (float): Weight of a patch's distance to the rest of its own image beside that to the bank, in
             [0, 1]. Defaults to 0.3 (ours); 0 compares with the bank alone (paper).
         top_patches (int): Highest patches whose mean is the image's score. Defaults to 3 (ours); 1 takes the maximum
@@ -131,6 +137,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         normalization: Normalization = "after",
         bank_size: int | None = 5504,
         num_neighbors: int = 1,
+        num_rotations: int = 1,
         own_weight: float = 0.3,
         top_patches: int = 3,
         text_weight: float | None = None,
@@ -189,6 +196,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             normalization=normalization,
             bank_size=bank_size,
             num_neighbors=num_neighbors,
+            num_rotations=num_rotations,
             own_weight=own_weight,
             top_patches=top_patches,
             text_weight=text_weight,
@@ -267,6 +275,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         if self.extend is None:
             return
         checkpoint = read_fitted(self.extend)
+        check_identity(checkpoint, {"num_rotations": self.model.num_rotations})
         checkpoint.pop("anomalib_components_enabled", None)  # which components there are is this run's affair
         self.on_load_checkpoint(checkpoint)
         self.load_state_dict(checkpoint["state_dict"])
@@ -297,14 +306,28 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
                 len(blank),
                 ", ".join(blank),
             )
-        if self._extension is None:
-            self.model(images)
-        else:
-            self._extension.add(images)
+        learn = self.model if self._extension is None else self._extension.add
+        if self.model.num_rotations == 1:
+            learn(images)
+        else:  # images of one batch may have been of several shapes
+            pairs = list(zip(images, batch.image_path or [""] * len(images), strict=True))
+            for image, path in tqdm(pairs, "rotated copies of normal images", unit="image", delay=3, leave=False):
+                self.model.pixel_aspect = self._pixel_aspect(path, image)
+                learn(image[None])
+        if self._extension is not None:
             self._taken += batch.image_path or []
         if self.examples is not None:
             self.examples.add(images, self.model.backbone.mean, self.model.backbone.std, start)
         return self.no_loss()
+
+    def _pixel_aspect(self, path: str, image: torch.Tensor) -> float:
+        """Width over height of what a pixel of an image ``(3, H, W)`` shows, if it was resized to a given shape."""
+        transform = getattr(self.pre_processor, "transform", None)
+        steps = getattr(transform, "transforms", [transform])
+        if not path or not any(isinstance(step, Resize) and len(step.size) == 2 for step in steps):
+            return 1.0
+        height, width = read_image(path, as_tensor=True).shape[-2:]
+        return width / height * image.shape[-2] / image.shape[-1]
 
     def fit(self) -> None:
         """Choose the sensitive neurons and fill the banks from the stored tokens, or take new ones into the banks."""
@@ -312,7 +335,8 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             self._finish_extension(self._extension)
             return
         name = self.class_name or getattr(getattr(self.trainer, "datamodule", None), "category", None) or "object"
-        left_out = self.model.fit(str(name))
+        with self.trainer.precision_plugin.forward_context():  # rotated copies pass the backbone as the images have
+            left_out = self.model.fit(str(name))
         if isinstance(self.post_processor, GoodPartsPostProcessor):
             # Each normal image against the others. Their maps count only where there are no other good images.
             maps = left_out.anomaly_map if self.held_out is None or not len(self.held_out) else None

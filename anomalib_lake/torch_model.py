@@ -8,7 +8,7 @@ this file.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,17 +16,24 @@ from anomalib.data import InferenceBatch
 from einops import rearrange
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
+from tqdm import tqdm
 
 from anomalib_spg.components.anomaly_map import AnomalyMapGenerator
 from anomalib_spg.components.backbone import Backbone, is_clip, num_blocks
 from anomalib_spg.components.module_list import ModuleList
+from anomalib_spg.components.own_image import kept_patches
 from anomalib_spg.components.precision import full_precision
 
 from .bank import NormalityBank, average_neighbors, leave_one_out_correction, left_out_images, stride_of
 from .neurons import Normalization, Selection, SensitiveNeurons
 from .own_image import OwnImage
+from .rotations import rotate, shown_patches
 from .text import embed_prompts, prompts, read_checkpoint, text_tower
 
+# Tokens of rotated copies, in one layer and at one scale, and the patches of the image that they show.
+Copies = tuple[torch.Tensor, torch.Tensor]
+# Rotated copies that the backbone takes at a time.
+BATCH = 8
 # Normal images whose tokens are kept in full, to choose the neurons by.
 SAMPLE = 32
 DEFAULT_BACKBONE = "vit_large_patch14_clip_quickgelu_336.openai"
@@ -78,6 +85,8 @@ class LAKEModel(nn.Module):
             half as many (of 3x3), a third (of 5x5). ``None`` keeps all. Defaults to 5504 (ours).
         num_neighbors (int): Nearest tokens of the bank whose distances are averaged. Defaults to 1 (ours);
             more help where good parts vary more than the images show, and forget the one that is taken alike.
+        num_rotations (int): Directions in which each normal image goes into the bank: 8 takes it as it is and rotated
+            by 45, 90, ... degrees, for parts that may lie in any direction. Defaults to 1 (ours), as it is only.
         own_weight (float): Weight of a patch's distance to the rest of its own image beside that to the bank, in
             [0, 1]. Defaults to 0.3 (ours); 0 compares with the bank alone (paper).
         top_patches (int): Highest patches whose mean is the image's score. Defaults to 3 (ours); 1 takes the maximum
@@ -89,6 +98,10 @@ class LAKEModel(nn.Module):
         temperature (float): Softmax temperature of the semantic activation. Defaults to 0.07 (ours).
         sigma (float): Gaussian smoothing of the map in pixels; 0 for none. Defaults to 4 (ours). The score is taken
             before smoothing.
+
+    Attributes:
+        pixel_aspect (float): Width over height of what a pixel of the normal images shows; other than 1 where they were
+            squeezed. Rotations take note of it.
 
     Raises:
         ValueError: If an argument is out of range, or text is asked of a backbone that has none.
@@ -116,6 +129,7 @@ class LAKEModel(nn.Module):
         normalization: Normalization = "after",
         bank_size: int | None = 5504,
         num_neighbors: int = 1,
+        num_rotations: int = 1,
         own_weight: float = 0.3,
         top_patches: int = 3,
         text_weight: float | None = None,
@@ -142,6 +156,9 @@ class LAKEModel(nn.Module):
             raise ValueError(msg)
         if not 0 <= own_weight <= 1:
             msg = f"own_weight={own_weight} must lie in [0, 1]; 0 compares with the bank alone."
+            raise ValueError(msg)
+        if num_rotations < 1:
+            msg = f"num_rotations={num_rotations} must be at least 1, which takes normal images as they are."
             raise ValueError(msg)
         if top_patches < 1:
             msg = f"top_patches={top_patches} must be at least 1, which takes the highest patch."
@@ -191,6 +208,8 @@ class LAKEModel(nn.Module):
         self.banks: ModuleList[ModuleList[NormalityBank]] = ModuleList(
             ModuleList(NormalityBank(size, num_neighbors) for size in sizes) for _ in self.layers
         )
+        self.num_rotations = num_rotations
+        self.pixel_aspect = 1.0
         self.own_weight = own_weight
         self.top_patches = top_patches
         self.own_images: ModuleList[ModuleList[OwnImage]] = ModuleList(
@@ -218,6 +237,7 @@ class LAKEModel(nn.Module):
         self._semantic: list[torch.Tensor] = []
         self._shown: list[int] = []  # images that are compared with the others in the end
         self._projected: list[torch.Tensor] = []  # their tokens in the chosen neurons, by layer
+        self._unrotated: dict[int, tuple[torch.Tensor, float]] = {}  # images by number, and their pixels' aspect
         for bank in self._all_banks():
             bank.forget()
         self._grid: tuple[int, int] = (0, 0)
@@ -242,8 +262,14 @@ class LAKEModel(nn.Module):
         kept = width if self.neurons[0].selection == "all" else self.neurons[0].count
         blocks = len(self.layers) + (self.text_weight > 0) + 1  # one more while they are put together
         values = min(images, SAMPLE) * rows * columns * width * blocks
+        if self.num_rotations > 1:  # images that wait for the neurons; copies of those that are shown, at all scales
+            values += min(images, SAMPLE) * 3 * math.prod(self.backbone.image_size)
+            shown = len(left_out_images(images)) * self.num_rotations
+            values += len(self.layers) * sum(
+                shown * rows * columns // stride_of(scale) ** 2 * kept for scale in self.scales
+            )
         for scale, bank in zip(self.scales, self.banks[0], strict=True):
-            of_image = -(-rows // stride_of(scale)) * -(-columns // stride_of(scale))
+            of_image = -(-rows // stride_of(scale)) * -(-columns // stride_of(scale)) * self.num_rotations
             tokens = images * of_image if bank.size is None else min(images * of_image, 2 * bank.size + of_image)
             values += len(self.layers) * tokens * kept
         return 2 * 4 * values
@@ -361,7 +387,12 @@ class LAKEModel(nn.Module):
         if self.text_weight > 0 and not self.backbone.has_weights:
             self._checkpoint = self._load_checkpoint()
         tokens, grid = self.tokens(images)
+        start = self.num_stored
         self.store(tokens, grid, (images.shape[-2], images.shape[-1]))
+        if self.num_rotations > 1:
+            self._unrotated |= {number: (image, self.pixel_aspect) for number, image in enumerate(images, start)}
+            if self._shown:
+                self._add_rotated()
         return tokens[self.layers[-1]]
 
     @torch.no_grad()
@@ -420,6 +451,50 @@ class LAKEModel(nn.Module):
             averaged = self.neurons[number].normalize(average_neighbors(projected, self._grid, scale))
             bank.add(averaged, images, self._grid, stride_of(scale))
 
+    def rotated(self, image: torch.Tensor, pixel_aspect: float = 1.0) -> list[list[Copies]]:
+        """Compute tokens of the rotated copies of a normal image, in the neurons that have been chosen.
+
+        Args:
+            image (torch.Tensor): Normalised image ``(3, H, W)``.
+            pixel_aspect (float): As :attr:`pixel_aspect`.
+
+        Returns:
+            list[list[Copies]]: By layer and scale, the tokens ``(M, K)`` of all windows that lie inside the image, and
+            the patches ``(M,)`` of the image that they show.
+        """
+        angles = [360 * number / self.num_rotations for number in range(1, self.num_rotations)]
+        found: list[list[list[Copies]]] = [[[] for _ in self.scales] for _ in self.layers]
+        for start in range(0, len(angles), BATCH):
+            batch = angles[start : start + BATCH]
+            tokens, grid = self.tokens(torch.stack([rotate(image, angle, pixel_aspect) for angle in batch]))
+            with full_precision(image.device):
+                for layer, neurons, by_scale in zip(self.layers, self.neurons, found, strict=True):
+                    projected = neurons.project(tokens[layer])
+                    for scale, copies in zip(self.scales, by_scale, strict=True):
+                        averaged = neurons.normalize(average_neighbors(projected, grid, scale))
+                        kept = kept_patches(grid, stride_of(scale))
+                        for angle, copy in zip(batch, averaged, strict=True):
+                            shown, inside = shown_patches(grid, angle, scale, pixel_aspect)
+                            windows = kept[inside[kept]]
+                            copies.append((copy[windows.to(copy.device)], shown[windows].to(copy.device)))
+        return [[_joined(copies) for copies in by_scale] for by_scale in found]
+
+    def _rotate(self, numbers: Sequence[int]) -> Iterator[tuple[int, list[list[Copies]]]]:
+        """Rotated copies of images that wait for it, one image after the other."""
+        alone = len(numbers) == 1  # one of many, whose bar another moves
+        for number in tqdm(
+            numbers, "rotated copies of normal images", unit="image", delay=3, leave=False, disable=alone
+        ):
+            yield number, self.rotated(*self._unrotated.pop(number))
+
+    @torch.no_grad()
+    def _add_rotated(self) -> None:
+        """Take rotated copies into the banks, but for those of the images that are shown."""
+        for number, copies in self._rotate([number for number in self._unrotated if number not in self._shown]):
+            for banks, by_scale in zip(self.banks, copies, strict=True):
+                for bank, (tokens, patches) in zip(banks, by_scale, strict=True):
+                    bank.add_image(tokens, patches, number)
+
     def _load_checkpoint(self) -> dict[str, torch.Tensor]:
         """Read the OpenCLIP checkpoint once: give its vision part to the backbone, and return the rest."""
         state, source = read_checkpoint(self.backbone.name, self.backbone.weights)
@@ -445,6 +520,16 @@ class LAKEModel(nn.Module):
             raise ValueError(msg)
         # Validation hooks, where Lightning may call this, run in inference mode; its tensors could not be loaded over.
         device = self.text_embeddings.device
+        with torch.inference_mode(mode=False), torch.no_grad():
+            if not self._shown:
+                self._choose_neurons()
+            copies: list[list[list[Copies]]] = []
+            if self.num_rotations > 1:
+                if not self._unrotated.keys() >= set(self._shown):
+                    msg = f"num_rotations={self.num_rotations} needs images: tokens that are stored cannot be rotated."
+                    raise ValueError(msg)
+                self._add_rotated()
+                copies = [of_image for _, of_image in self._rotate(self._shown)]
         with torch.inference_mode(mode=False), torch.no_grad(), full_precision(device):
             if self.text_weight > 0:
                 ensembles = prompts(class_name, self.normal_prompts, self.anomalous_prompts)
@@ -452,14 +537,13 @@ class LAKEModel(nn.Module):
                 tower = text_tower(checkpoint, quick_gelu="quickgelu" in self.backbone.name)
                 self.text_embeddings = embed_prompts(tower, *ensembles).to(device)
                 self._checkpoint = None
-            if not self._shown:
-                self._choose_neurons()
             by_layer, correction = [], leave_one_out_correction(self.num_stored)
             for layer, (neurons, banks) in enumerate(zip(self.neurons, self.banks, strict=True)):
                 by_scale = []
                 for window, (scale, bank) in enumerate(zip(self.scales, banks, strict=True)):
                     averaged = neurons.normalize(average_neighbors(self._projected[layer], self._grid, scale))
-                    deviation = bank.fit(averaged, self._grid, stride_of(scale), self._shown) * correction
+                    of_shown = [of_image[layer][window] for of_image in copies] or None
+                    deviation = bank.fit(averaged, self._grid, stride_of(scale), self._shown, of_shown) * correction
                     if self.own_weight > 0:
                         own = self.own_images[layer][window].fit(
                             averaged, self._grid, stride_of(scale), least=bank.distance_scale
@@ -472,3 +556,9 @@ class LAKEModel(nn.Module):
             result = self._predict(deviation, semantic, self._grid, self._size)
             self.forget()
             return result
+
+
+def _joined(copies: list[Copies]) -> Copies:
+    """Those of all angles in one."""
+    tokens, patches = zip(*copies, strict=True)
+    return torch.cat(tokens), torch.cat(patches)

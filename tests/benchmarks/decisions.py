@@ -8,11 +8,14 @@
     python -m tests.benchmarks.decisions rates
     python -m tests.benchmarks.decisions banks --draws 2
     python -m tests.benchmarks.decisions neighbors --draws 2
+    python -m tests.benchmarks.decisions methods --only cup cat rocket motorcycle retina variants
 
-Seven datasets of 40 good images to draw from, 40 unseen good and 40 bad ones, always the same:
+Seven datasets of 40 good images to draw from, 40 unseen good and 40 bad ones, always the same, and six more where
+``--only`` names them:
 
 - textile-real: the quickstart's simulated textile images, nominal and locally defective;
-- brick, grass, gravel, tissue, moon, textile: crops of 200 pixels a side with drawn defects (tests/textures.py).
+- brick, grass, gravel, tissue, moon, textile: crops of 200 pixels a side with drawn defects (tests/textures.py);
+- with ``--only``: cup, cat, rocket, motorcycle, retina, variants: objects nearly in place (tests/objects.py).
 
 A threshold from good parts can hold for parts of the same distribution only. So here, other than in tests/textures.py,
 all crops are exchangeable: those to draw from, the unseen ones and those that defects are drawn on all come from random
@@ -64,6 +67,7 @@ from anomalib_spg.components.threshold import logit
 from anomalib_spg.lightning_model import FEWEST, OWN_IMAGES
 from anomalib_spg.quickstart import BACKBONE
 from anomalib_spg.synthesis import AnomalySynthesizer
+from tests import objects
 from tests.benchmarks import cross_dataset, lake_accuracy
 from tests.benchmarks.lake_accuracy import BLOCKS, DEFAULT, GRID, backbone, tokens
 from tests.textures import DEFECTS, draw_defect, photo
@@ -93,12 +97,15 @@ def pictures(name: str, data: Path) -> list[torch.Tensor]:
     if name == "textile-real":
         folders = (data / "textile" / folder for folder in ("train/good", "test/good", "test/defect"))
         return [read_image(path, as_tensor=True) for folder in folders for path in sorted(folder.iterdir())[:COUNT]]
-    rng = np.random.default_rng([0, *name.encode()])
-    crops = [crop(name, rng) for _ in range(3 * COUNT)]
-    crops[2 * COUNT :] = [
-        draw_defect(image, DEFECTS[index % len(DEFECTS)], rng)[0] for index, image in enumerate(crops[2 * COUNT :])
-    ]
-    return [torch.from_numpy(image.copy()).permute(2, 0, 1) / 255 for image in crops]
+    if name in objects.CATEGORIES:
+        images = objects.take_all(objects.take, name, 2 * COUNT, COUNT)
+    else:
+        rng = np.random.default_rng([0, *name.encode()])
+        images = [crop(name, rng) for _ in range(3 * COUNT)]
+        images[2 * COUNT :] = [
+            draw_defect(image, DEFECTS[index % len(DEFECTS)], rng)[0] for index, image in enumerate(images[2 * COUNT :])
+        ]
+    return [torch.from_numpy(image.copy()).permute(2, 0, 1) / 255 for image in images]
 
 
 def prepare(name: str, data: Path) -> dict[str, torch.Tensor]:
@@ -433,7 +440,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--slow-draws", type=int, default=2, help="draws for SPG and the peers")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="rows of the first table")
-    parser.add_argument("--only", nargs="+", choices=DATASETS, default=DATASETS)
+    parser.add_argument("--only", nargs="+", choices=(*DATASETS, *objects.CATEGORIES), default=DATASETS)
     arguments = parser.parse_args()
     experiment = Experiment(arguments.data, arguments.cache)
     figures: dict[tuple[str, int], list[torch.Tensor]] = {}  # by row, of each dataset

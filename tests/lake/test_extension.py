@@ -128,6 +128,12 @@ def test_never_again(fitted: Path, rejected: Path, mvtec: Path, tmp_path: Path) 
         engine(tmp_path / "again").fit(model=again, datamodule=data(mvtec))
 
 
+def test_images_are_rotated_as_those_before(fitted: Path, mvtec: Path, tmp_path: Path) -> None:
+    """A bank without rotated copies takes none in, and says so."""
+    with pytest.raises(ValueError, match="saved with num_rotations=1, this model has num_rotations=8"):
+        engine(tmp_path).fit(model=build(extend=fitted, num_rotations=8), datamodule=data(mvtec, category="grass"))
+
+
 def test_scores_of_images_that_are_not_at_hand(fitted: Path, mvtec: Path, tmp_path: Path) -> None:
     """They count as they were; without few_shot_source further images are drawn from the training set."""
     before = LAKE.load_from_checkpoint(fitted).post_processor._scores["held_out"]

@@ -14,8 +14,10 @@ from anomalib.data import Folder
 from anomalib.data.datasets.base import image as base_dataset
 from anomalib.engine import Engine
 from anomalib.metrics import AUROC, Evaluator
+from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer
 from PIL import Image
+from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
 from anomalib_lake import LAKE, ExplanationVisualizer
 from tests.helpers import TINY, TINY_CLIP, data, engine, make_mvtec, raw_metrics
@@ -267,6 +269,24 @@ def test_normal_images_from_a_folder(mvtec: Path, tmp_path: Path) -> None:
     engine(tmp_path / "run").train(model=model, datamodule=data(mvtec))
     assert [Path(path).name for path in model.normal_images] == ["0.png", "1.png", "2.png"]
     assert model.model.banks[0][0].tokens.shape[0] == 3 * 16
+
+
+@pytest.mark.parametrize("squeezed", [True, False])
+def test_rotations_know_the_shape_of_the_files(squeezed: bool, mvtec: Path, tmp_path: Path) -> None:
+    """Images resized to a square are rotated as the part is; those whose middle is cut out are not squeezed."""
+    source = tmp_path / "few"
+    source.mkdir()
+    sizes = [(100, 50), (60, 90)]
+    for index, size in enumerate(sizes):
+        Image.effect_noise(size, 60).convert("RGB").save(source / f"{index}.png")
+    steps = [Resize((64, 64))] if squeezed else [Resize(64), CenterCrop(64)]
+    pre_processor = PreProcessor(Compose([*steps, Normalize([0.5] * 3, [0.5] * 3)]))
+    model = build(few_shot_source=source, num_rotations=3, pre_processor=pre_processor)
+    with patch.object(model.model, "rotated", wraps=model.model.rotated) as rotated:
+        engine(tmp_path / "run").train(model=model, datamodule=data(mvtec))
+    found = [call.args[1] for call in rotated.call_args_list]
+    assert found == pytest.approx([2.0, 2 / 3] if squeezed else [1.0, 1.0])
+    assert len(model.model.banks[0][0].tokens) > 2 * 16
 
 
 def test_labelled_defects_are_never_drawn(mvtec: Path, tmp_path: Path) -> None:
