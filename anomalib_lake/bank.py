@@ -4,6 +4,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from anomalib.models.components import DynamicBufferMixin
@@ -19,6 +20,8 @@ from anomalib_spg.components.own_image import TABLE, kept_patches
 QUANTILE = 0.99
 # Most distances that a CPU computes at a time: 4 MiB, which stay in its cache.
 CACHED = 2**20
+# Bank tokens that an export compares at a time.
+CHUNK = 512
 # Bank tokens of which only the nearest is looked at first, where several are asked for.
 GROUP = 16
 # Farthest tokens that k-center greedy looks at in one go.
@@ -331,12 +334,14 @@ def nearest(tokens: torch.Tensor, bank: torch.Tensor, num_neighbors: int = 1) ->
     # (b, -|b|^2 / 2): a bias would do the same, but OpenVINO computes it in half precision.
     with_one = torch.cat([tokens, torch.ones_like(tokens[..., :1])], dim=-1)
     with_length = torch.cat([bank, bank.square().sum(dim=1, keepdim=True) / -2], dim=1)
-    if tokens.device.type == "cpu":
-        rows = max(1, CACHED // len(bank))
+    if num_neighbors == 1 and torch.compiler.is_compiling():  # OpenVINO takes parts of the bank a sixth faster
+        parts = [_highest(with_one @ part.T, 1) for part in with_length.split(CHUNK)]
+        brackets = reduce(torch.maximum, parts)
     else:
-        rows = max(1, TABLE // (tokens[..., 0, 0].numel() * len(bank)))
-    brackets = [_highest(part @ with_length.T, num_neighbors) for part in with_one.split(rows, dim=-2)]
-    squares = tokens.square().sum(dim=-1, keepdim=True) - 2 * torch.cat(brackets, dim=-2)
+        distances = CACHED if tokens.device.type == "cpu" else TABLE // tokens[..., 0, 0].numel()
+        rows = with_one.split(max(1, distances // len(bank)), dim=-2)
+        brackets = torch.cat([_highest(part @ with_length.T, num_neighbors) for part in rows], dim=-2)
+    squares = tokens.square().sum(dim=-1, keepdim=True) - 2 * brackets
     return squares.clamp(min=0).sqrt().mean(dim=-1)
 
 

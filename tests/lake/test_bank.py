@@ -2,6 +2,8 @@
 
 """The normality bank: distances, their scale, the bound on its size."""
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,9 @@ def test_nearest_is_the_euclidean_distance(
     bank[50:60] = bank[49]  # several that are equally near
     expected = torch.cdist(tokens.double(), bank.double()).sort(dim=-1).values[..., :neighbors].mean(dim=-1)
     torch.testing.assert_close(nearest(tokens, bank, neighbors).double(), expected, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(module, "CHUNK", 40)
+    with patch("torch.compiler.is_compiling", return_value=True):  # as in an export
+        torch.testing.assert_close(nearest(tokens, bank, neighbors).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_several_neighbors_in_scale_and_deviation() -> None:
