@@ -7,10 +7,10 @@
 
 Four parts (tests/objects.py), images four wide and three high, which the model squeezes to squares: 24 good images, of
 which LAKE compares with 1 or 4 and places its threshold by 20 others, 40 unseen good ones and 40 bad ones. Mean over
-``--draws`` of the good images that are compared with. ``upright`` are the objects that always lie nearly in place
-(``--objects``), where the copies bring nothing. Every image passes the backbone once, rotated copies whenever they are
-needed. Printed are image AUROC by part and, at the default false-alarm rate, the share of good images rejected and bad
-ones accepted, in percent; and the seconds that the fit took.
+``--draws`` of the good images that are compared with. ``--objects`` takes objects that always lie nearly in place: there
+copies bring nothing. Every image passes the backbone once, rotated copies whenever they are needed. Printed are image
+AUROC by part, the share of good images rejected and bad ones accepted at the default false-alarm rate, in percent, and
+the seconds that the fit took.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("quickstart"))
     parser.add_argument("--draws", type=int, default=2)
     parser.add_argument("--rotations", nargs="+", type=int, default=[1, 4, 8, 24])
-    parser.add_argument("--objects", action="store_true", help="the objects that lie nearly in place")
+    parser.add_argument("--objects", action="store_true", help="objects that lie nearly in place")
     arguments = parser.parse_args()
     transform = LAKE.configure_pre_processor(SIZE, BACKBONE).transform
     weights = arguments.data / "dinov2_vits14.safetensors"

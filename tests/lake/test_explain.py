@@ -47,6 +47,7 @@ def check_sum(model: LAKEModel) -> None:
         {"layers": [5]},
         {"own_weight": 0, "top_patches": 1},
         {"num_neighbors": 5},
+        {"num_rotations": 3},
     ],
     ids=str,
 )

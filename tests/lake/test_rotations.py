@@ -10,6 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_lake import LAKEModel
 from anomalib_lake import torch_model as module
+from anomalib_lake.explain import explain
 from anomalib_lake.extension import Extension
 from anomalib_lake.rotations import rotate, shown_patches
 
@@ -103,6 +104,18 @@ def test_an_image_is_not_compared_with_its_own_copies() -> None:
     torch.testing.assert_close(model.banks[0][0].distance_scale, scale, atol=1e-4, rtol=1e-3)
     deviation = distances.amax(dim=1) / scale * 0.5**0.09
     torch.testing.assert_close(left_out.pred_score, deviation / (1 + deviation), atol=1e-4, rtol=1e-3)
+
+
+def test_nearest_patch_is_shown_where_it_lies_in_the_image() -> None:
+    """Of a quarter turn of a normal image the nearest patch is the one it was before it was turned."""
+    images = torch.randn(2, 3, 64, 64)
+    model = build(num_rotations=4)
+    model.train()(images)
+    model.fit()
+    turned = images[:1].rot90(1, (2, 3))
+    explanation = explain(model.eval(), model.backbone(turned), (64, 64))[0]
+    row, column = explanation.peak
+    assert explanation.nearest == (0, int(torch.arange(16).view(4, 4).rot90(1)[row, column]), 1)
 
 
 def test_copies_of_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
