@@ -7,7 +7,7 @@
 
 Four parts (tests/objects.py), images four wide and three high, which the model squeezes to squares: 24 good images, of
 which LAKE compares with 1 or 4 and places its threshold by 20 others, 40 unseen good ones and 40 bad ones. Mean over
-``--draws`` of the good images that are compared with. ``--objects`` takes objects that always lie nearly in place: there
+``--draws`` of the good images that are compared with. ``--objects`` takes objects that lie nearly in place: there
 copies bring nothing. Every image passes the backbone once, rotated copies whenever they are needed. Printed are image
 AUROC by part, the share of good images rejected and bad ones accepted at the default false-alarm rate, in percent, and
 the seconds that the fit took.
