@@ -335,12 +335,11 @@ def nearest(tokens: torch.Tensor, bank: torch.Tensor, num_neighbors: int = 1) ->
     with_one = torch.cat([tokens, torch.ones_like(tokens[..., :1])], dim=-1)
     with_length = torch.cat([bank, bank.square().sum(dim=1, keepdim=True) / -2], dim=1)
     if num_neighbors == 1 and torch.compiler.is_compiling():  # OpenVINO takes parts of the bank a sixth faster
-        parts = [_highest(with_one @ part.T, 1) for part in with_length.split(CHUNK)]
-        brackets = reduce(torch.maximum, parts)
+        brackets = reduce(torch.maximum, [_highest(with_one @ part.T, 1) for part in with_length.split(CHUNK)])
     else:
-        distances = CACHED if tokens.device.type == "cpu" else TABLE // tokens[..., 0, 0].numel()
-        rows = with_one.split(max(1, distances // len(bank)), dim=-2)
-        brackets = torch.cat([_highest(part @ with_length.T, num_neighbors) for part in rows], dim=-2)
+        at_a_time = CACHED if tokens.device.type == "cpu" else TABLE // tokens[..., 0, 0].numel()
+        parts = with_one.split(max(1, at_a_time // len(bank)), dim=-2)
+        brackets = torch.cat([_highest(part @ with_length.T, num_neighbors) for part in parts], dim=-2)
     squares = tokens.square().sum(dim=-1, keepdim=True) - 2 * brackets
     return squares.clamp(min=0).sqrt().mean(dim=-1)
 

@@ -87,10 +87,11 @@ class Extension:
                         averaged = neurons.normalize(average_neighbors(projected, grid, scale))
                         kept = kept_patches(grid, stride_of(scale), images.device)
                         _append(bank, averaged[:, kept].flatten(0, 1), kept.repeat(len(images)), numbers)
-            for number, image in zip(numbers.split(1), images if model.num_rotations > 1 else [], strict=False):
-                for banks, by_scale in zip(model.banks, model.rotated(image, model.pixel_aspect), strict=True):
-                    for bank, (copies, patches) in zip(banks, by_scale, strict=True):
-                        _append(bank, copies, patches, number)
+            if model.num_rotations > 1:
+                for number, image in zip(numbers.split(1), images, strict=True):
+                    for banks, by_scale in zip(model.banks, model.rotated(image, model.pixel_aspect), strict=True):
+                        for bank, (copies, patches) in zip(banks, by_scale, strict=True):
+                            _append(bank, copies, patches, number)
         self._grid, self._size = grid, (images.shape[-2], images.shape[-1])
         self._kept += [
             (self.next + index, {layer: patches[index : index + 1].clone() for layer, patches in tokens.items()})

@@ -13,16 +13,15 @@ from typing import Any, cast
 
 import torch
 from anomalib.data import AnomalibDataset, ImageBatch
-from anomalib.data.utils import read_image
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule, MemoryBankMixin
 from anomalib.visualization import Visualizer
 from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import nn
 from torchvision.transforms.v2 import Resize
-from tqdm import tqdm
 
 from anomalib_spg.components.backbone import Tokens
 from anomalib_spg.components.checkpoint import check_identity
@@ -310,8 +309,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         if self.model.num_rotations == 1:
             learn(images)
         else:  # images of one batch may have been of several shapes
-            pairs = list(zip(images, batch.image_path or [""] * len(images), strict=True))
-            for image, path in tqdm(pairs, "rotated copies of normal images", unit="image", delay=3, leave=False):
+            for image, path in zip(images, batch.image_path or [""] * len(images), strict=True):
                 self.model.pixel_aspect = self._pixel_aspect(path, image)
                 learn(image[None])
         if self._extension is not None:
@@ -326,7 +324,8 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         steps = getattr(transform, "transforms", [transform])
         if not path or not any(isinstance(step, Resize) and len(step.size) == 2 for step in steps):
             return 1.0
-        height, width = read_image(path, as_tensor=True).shape[-2:]
+        with Image.open(path) as file:
+            width, height = file.size
         return width / height * image.shape[-2] / image.shape[-1]
 
     def fit(self) -> None:

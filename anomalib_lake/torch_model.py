@@ -8,7 +8,7 @@ this file.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -464,8 +464,8 @@ class LAKEModel(nn.Module):
         """
         angles = [360 * number / self.num_rotations for number in range(1, self.num_rotations)]
         found: list[list[list[Copies]]] = [[[] for _ in self.scales] for _ in self.layers]
-        for start in range(0, len(angles), BATCH):
-            batch = angles[start : start + BATCH]
+        batches = [angles[start : start + BATCH] for start in range(0, len(angles), BATCH)]
+        for batch in tqdm(batches, "rotated copies of a normal image", unit="batch", delay=3, leave=False):
             tokens, grid = self.tokens(torch.stack([rotate(image, angle, pixel_aspect) for angle in batch]))
             with full_precision(image.device):
                 for layer, neurons, by_scale in zip(self.layers, self.neurons, found, strict=True):
@@ -479,18 +479,11 @@ class LAKEModel(nn.Module):
                             copies.append((copy[windows.to(copy.device)], shown[windows].to(copy.device)))
         return [[_joined(copies) for copies in by_scale] for by_scale in found]
 
-    def _rotate(self, numbers: Sequence[int]) -> Iterator[tuple[int, list[list[Copies]]]]:
-        """Rotated copies of images that wait for it, one image after the other."""
-        alone = len(numbers) == 1  # one of many, whose bar another moves
-        for number in tqdm(
-            numbers, "rotated copies of normal images", unit="image", delay=3, leave=False, disable=alone
-        ):
-            yield number, self.rotated(*self._unrotated.pop(number))
-
     @torch.no_grad()
     def _add_rotated(self) -> None:
         """Take rotated copies into the banks, but for those of the images that are shown."""
-        for number, copies in self._rotate([number for number in self._unrotated if number not in self._shown]):
+        for number in [number for number in self._unrotated if number not in self._shown]:
+            copies = self.rotated(*self._unrotated.pop(number))
             for banks, by_scale in zip(self.banks, copies, strict=True):
                 for bank, (tokens, patches) in zip(banks, by_scale, strict=True):
                     bank.add_image(tokens, patches, number)
@@ -529,7 +522,7 @@ class LAKEModel(nn.Module):
                     msg = f"num_rotations={self.num_rotations} needs images: tokens that are stored cannot be rotated."
                     raise ValueError(msg)
                 self._add_rotated()
-                copies = [of_image for _, of_image in self._rotate(self._shown)]
+                copies = [self.rotated(*self._unrotated.pop(number)) for number in self._shown]
         with torch.inference_mode(mode=False), torch.no_grad(), full_precision(device):
             if self.text_weight > 0:
                 ensembles = prompts(class_name, self.normal_prompts, self.anomalous_prompts)
