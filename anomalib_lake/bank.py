@@ -122,8 +122,8 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
         stride: int = 1,
         numbers: Sequence[int] | None = None,
         copies: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
-    ) -> torch.Tensor:
-        """Fill the bank with the images added before and some more.
+    ) -> None:
+        """Fill the bank with the images added before and some more, whose distances to the others are the scale.
 
         Args:
             tokens (torch.Tensor): Projected patch tokens of further normal images ``(I, N, K)``.
@@ -133,10 +133,6 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
             copies (Sequence[tuple[torch.Tensor, torch.Tensor]] | None): Of each of them the tokens ``(M, K)`` that its
                 rotated copies add, and the patches ``(M,)`` that these show. An image and its copies are thinned to its
                 share of the bank before they are compared with others. ``None`` where there are no copies.
-
-        Returns:
-            torch.Tensor: Deviation of each patch of these images from all the other images ``(I, N)``; of a single
-            image, from its other quarters.
 
         Raises:
             ValueError: If every normal patch has an exact copy in another image, so that the distances vanish.
@@ -158,7 +154,6 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
             torch.cat(values) for values in zip(*self._added, strict=True)
         )
         self.forget()
-        return distances / self.distance_scale
 
     def _is_worth_keeping(self, tokens: torch.Tensor) -> torch.Tensor:
         """Which of the tokens ``(M, K)`` are farther than the radius from those kept; while there is room, all."""
@@ -196,14 +191,41 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
                 nearest(image, torch.cat([*others, *bank[:index], *bank[index + 1 :]]), self.num_neighbors)
                 for index, image in enumerate(tokens)
             ])
-        numbers = torch.arange(tokens.shape[1], device=tokens.device)
+        return self._between_quarters(tokens[0], grid, kept)[None]
+
+    def _between_quarters(self, tokens: torch.Tensor, grid: tuple[int, int], kept: torch.Tensor) -> torch.Tensor:
+        """Distance of an image's tokens ``(N, K)`` to those that are kept of its other quarters."""
+        numbers = torch.arange(len(tokens), device=tokens.device)
         quarter = numbers // grid[1] * 2 // grid[0] * 2 + numbers % grid[1] * 2 // grid[1]
-        distances = torch.zeros_like(tokens[..., 0])
+        distances = torch.zeros_like(tokens[:, 0])
         for part in quarter.unique():
-            elsewhere = tokens[0, kept[quarter[kept] != part]]
+            elsewhere = tokens[kept[quarter[kept] != part]]
             if len(elsewhere):
-                distances[0, quarter == part] = nearest(tokens[0, quarter == part], elsewhere, self.num_neighbors)
+                distances[quarter == part] = nearest(tokens[quarter == part], elsewhere, self.num_neighbors)
         return distances
+
+    def leave_out(self, tokens: torch.Tensor, number: int, grid: tuple[int, int], stride: int = 1) -> torch.Tensor:
+        """Compute the structural deviation of an image that the bank holds, as of a new one.
+
+        It is compared with the other images only, a single one with its other quarters. That is corrected by what one
+        image less raises the deviation, see :func:`leave_one_out_correction`.
+
+        Args:
+            tokens (torch.Tensor): Projected patch tokens of the image ``(1, N, K)``.
+            number (int): Its number among the normal images.
+            grid (tuple[int, int]): Rows and columns of patches, ``N = rows * columns``.
+            stride (int): As it was taken up with.
+
+        Returns:
+            torch.Tensor: Deviation of each patch ``(1, N)``.
+        """
+        others = self.tokens[self.image_indices != number]
+        if len(others):
+            distances = nearest(tokens, others, self.num_neighbors)
+        else:
+            distances = self._between_quarters(tokens[0], grid, kept_patches(grid, stride, tokens.device))[None]
+        images = len(self.image_indices.unique())
+        return distances / self.distance_scale * leave_one_out_correction(images)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Compute the structural deviation.

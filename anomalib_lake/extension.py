@@ -2,8 +2,6 @@
 
 """Further good images for a bank that is filled, for instance parts that were rejected and are good."""
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +12,8 @@ from anomalib_spg.components.own_image import kept_patches
 from anomalib_spg.components.precision import full_precision
 from anomalib_spg.explanations.examples import EXAMPLES, Examples, digest
 
-from .bank import (
-    NormalityBank,
-    average_neighbors,
-    k_center_greedy,
-    leave_one_out_correction,
-    stride_of,
-)
-from .torch_model import LAKEModel
+from .bank import NormalityBank, average_neighbors, k_center_greedy, stride_of
+from .torch_model import LAKEModel, joined
 
 MOST = 24  # new images that are compared with all the others; until then their tokens are kept
 
@@ -112,15 +104,10 @@ class Extension:
         if not self._kept:
             msg = "There are no further normal images to take in."
             raise ValueError(msg)
-        found: list[Any] = []
         with torch.inference_mode(mode=False):
-            for number, tokens in self._kept:
-                with _without(self.model, number):
-                    found.append(self.model.score(tokens, self._grid, self._size))
-        return InferenceBatch(
-            pred_score=torch.cat([result.pred_score for result in found]),
-            anomaly_map=torch.cat([result.anomaly_map for result in found]),
-        )
+            return joined([
+                self.model.score(tokens, self._grid, self._size, left_out=number) for number, tokens in self._kept
+            ])
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -190,19 +177,3 @@ def _thin(bank: NormalityBank) -> None:
     coreset, _ = k_center_greedy(bank.tokens, bank.size)
     for name in ("tokens", "image_indices", "patch_indices"):
         setattr(bank, name, getattr(bank, name)[coreset])
-
-
-@contextmanager
-def _without(model: LAKEModel, number: int) -> Generator[None, None, None]:
-    """Compare with the banks without an image."""
-    banks = [bank for of_layer in model.banks for bank in of_layer]
-    whole = [(bank.tokens, bank.distance_scale) for bank in banks]
-    numbers = torch.cat([bank.image_indices for bank in banks]).unique()
-    try:
-        for bank in banks:
-            bank.tokens = bank.tokens[bank.image_indices != number]
-            bank.distance_scale = bank.distance_scale / leave_one_out_correction(len(numbers))
-        yield
-    finally:
-        for bank, (tokens, scale) in zip(banks, whole, strict=True):
-            bank.tokens, bank.distance_scale = tokens, scale

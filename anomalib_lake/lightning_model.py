@@ -9,7 +9,7 @@ import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from anomalib.data import AnomalibDataset, ImageBatch
@@ -27,7 +27,7 @@ from anomalib_spg.components.backbone import Tokens
 from anomalib_spg.components.checkpoint import check_identity
 from anomalib_spg.components.held_out import ENOUGH, MOST, choose, good_validation_images
 from anomalib_spg.components.lightning import FrozenBackboneMixin, check_seed
-from anomalib_spg.components.normal_images import draw_normal_images, image_labels
+from anomalib_spg.components.normal_images import AUTO, draw_normal_images, image_labels
 from anomalib_spg.components.post_processor import GoodPartsPostProcessor
 from anomalib_spg.components.threshold import Prior
 from anomalib_spg.explanations.examples import Examples
@@ -60,8 +60,9 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         weights (str | Path | None): Local weights file used instead of the hub: an OpenCLIP checkpoint serves both
             towers; without text a file in timm's naming will do. Defaults to ``None``.
         image_size (int | tuple[int, int] | None): Size images are resized to. ``None`` is 448, or 518 for CLIP (ours).
-        k_shot (int | None): Normal images to use, drawn with the seed; ``None`` for all, however many: memory and the
-            time per test image stay bounded, see :class:`LAKEModel`. Defaults to 4 (ours).
+        k_shot (int | Literal["auto"] | None): Normal images to compare with, drawn with the seed; others, at most 100,
+            set the threshold. ``"auto"`` is all there are, but at most 32 (ours). ``None`` is all, however many: memory
+            and the time per test image stay bounded, see :class:`LAKEModel`. Defaults to ``"auto"``.
         few_shot_source (str | Path | None): Folder of normal images to draw from instead of the training set.
         extend (str | Path | None): Checkpoint of a fitted LAKE whose bank takes the normal images in, instead of a new
             bank of them alone. Neurons and text stay; the threshold is set anew. Defaults to ``None``.
@@ -128,7 +129,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         pre_trained: bool = True,
         weights: str | Path | None = None,
         image_size: int | tuple[int, int] | None = None,
-        k_shot: int | None = 4,
+        k_shot: int | Literal["auto"] | None = "auto",
         few_shot_source: str | Path | None = None,
         extend: str | Path | None = None,
         num_neurons: int = 100,
@@ -153,8 +154,8 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        if k_shot is not None and k_shot < 1:
-            msg = f"k_shot={k_shot} must be at least 1; leave it null to use every normal image."
+        if k_shot not in {None, "auto"} and not (isinstance(k_shot, int) and k_shot >= 1):
+            msg = f"k_shot={k_shot} must be at least 1, 'auto' for up to {AUTO}, or null for every normal image."
             raise ValueError(msg)
         if extend is not None and not Path(extend).is_file():
             msg = f"extend='{extend}' is no file. Give the checkpoint of a fitted LAKE, weights/lightning/model.ckpt."
@@ -238,6 +239,12 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             training_set = datamodule.train_data
             known = _Known(self.normal_images if self._extension is not None else [])
             new = [index for index, (path, _) in enumerate(image_labels(training_set)) if path not in known]
+            if known.paths and not new and self.few_shot_source is None:
+                msg = (
+                    f"The bank of '{self.extend}' holds every normal image of the training set already. Give further "
+                    "ones: a folder as few_shot_source."
+                )
+                raise ValueError(msg)
             drawn, paths = draw_normal_images(
                 training_set.subsample(new) if known.paths else training_set,
                 self.k_shot,

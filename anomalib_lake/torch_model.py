@@ -24,7 +24,7 @@ from anomalib_spg.components.module_list import ModuleList
 from anomalib_spg.components.own_image import kept_patches
 from anomalib_spg.components.precision import full_precision
 
-from .bank import NormalityBank, average_neighbors, leave_one_out_correction, left_out_images, stride_of
+from .bank import NormalityBank, average_neighbors, left_out_images, stride_of
 from .neurons import Normalization, Selection, SensitiveNeurons
 from .own_image import OwnImage
 from .rotations import rotate, shown_patches
@@ -34,7 +34,7 @@ from .text import embed_prompts, prompts, read_checkpoint, text_tower
 Copies = tuple[torch.Tensor, torch.Tensor]
 # Rotated copies that the backbone takes at a time.
 BATCH = 8
-# Normal images whose tokens are kept in full, to choose the neurons by.
+# Normal images whose tokens are kept in full, to choose the neurons by; in the end each is compared with the others.
 SAMPLE = 32
 DEFAULT_BACKBONE = "vit_large_patch14_clip_quickgelu_336.openai"
 
@@ -235,8 +235,8 @@ class LAKEModel(nn.Module):
         self.num_stored = 0  # normal images
         self._stored: list[list[torch.Tensor]] = [[] for _ in self.layers]
         self._semantic: list[torch.Tensor] = []
-        self._shown: list[int] = []  # images that are compared with the others in the end
-        self._projected: list[torch.Tensor] = []  # their tokens in the chosen neurons, by layer
+        self._shown: list[int] = []  # images whose distances to the others are the scale
+        self._projected: list[torch.Tensor] = []  # tokens of the first images in the chosen neurons, by layer
         self._unrotated: dict[int, tuple[torch.Tensor, float]] = {}  # images by number, and their pixels' aspect
         for bank in self._all_banks():
             bank.forget()
@@ -261,7 +261,7 @@ class LAKEModel(nn.Module):
         width = self.backbone.embed_dim
         kept = width if self.neurons[0].selection == "all" else self.neurons[0].count
         blocks = len(self.layers) + (self.text_weight > 0) + 1  # one more while they are put together
-        values = min(images, SAMPLE) * rows * columns * width * blocks
+        values = min(images, SAMPLE) * rows * columns * (width * blocks + kept * len(self.layers))
         if self.num_rotations > 1:  # images that wait for the neurons; copies of those that are shown, at all scales
             values += min(images, SAMPLE) * 3 * math.prod(self.backbone.image_size)
             shown = len(left_out_images(images)) * self.num_rotations
@@ -302,7 +302,11 @@ class LAKEModel(nn.Module):
         return self.score(tokens, grid, (images.shape[-2], images.shape[-1]))
 
     def score(
-        self, tokens: dict[int, torch.Tensor], grid: tuple[int, int], image_size: tuple[int, int]
+        self,
+        tokens: dict[int, torch.Tensor],
+        grid: tuple[int, int],
+        image_size: tuple[int, int],
+        left_out: int | None = None,
     ) -> InferenceBatch:
         """Find anomalies by tokens that the backbone has computed.
 
@@ -310,13 +314,15 @@ class LAKEModel(nn.Module):
             tokens (dict[int, torch.Tensor]): Raw tokens ``(B, N, D)`` by block.
             grid (tuple[int, int]): Rows and columns of patches.
             image_size (tuple[int, int]): Height and width of the images.
+            left_out (int | None): The number of the single image, if it is one of the normal ones; it is compared with
+                the others then, see :meth:`NormalityBank.leave_out`. ``None`` for new images.
 
         Returns:
             InferenceBatch: As of a forward pass in evaluation mode.
         """
         semantic = tokens[self.semantic_layer] if self.text_weight > 0 else None
         with full_precision(self.text_embeddings.device):
-            return self._predict(self.structural_deviation(tokens, grid), semantic, grid, image_size)
+            return self._predict(self.structural_deviation(tokens, grid, left_out), semantic, grid, image_size)
 
     def _predict(
         self,
@@ -347,23 +353,36 @@ class LAKEModel(nn.Module):
         tokens = self.backbone(images)
         return dict(zip(self.backbone.layers, tokens.patches, strict=True)), tokens.grid
 
-    def structural_deviation(self, tokens: dict[int, torch.Tensor], grid: tuple[int, int]) -> torch.Tensor:
+    def structural_deviation(
+        self, tokens: dict[int, torch.Tensor], grid: tuple[int, int], left_out: int | None = None
+    ) -> torch.Tensor:
         """Compute how far patches deviate from the normality bank, and from the rest of their image.
 
         Args:
             tokens (dict[int, torch.Tensor]): Raw tokens ``(B, N, D)`` by block.
             grid (tuple[int, int]): Rows and columns of patches.
+            left_out (int | None): As of :meth:`score`.
 
         Returns:
             torch.Tensor: Distance over the usual one, averaged over layers, the largest over scales, ``(B, N)``.
         """
+        projected = [neurons.project(tokens[layer]) for layer, neurons in zip(self.layers, self.neurons, strict=True)]
+        return self._deviation(projected, grid, left_out)
+
+    def _deviation(
+        self, projected: Sequence[torch.Tensor], grid: tuple[int, int], left_out: int | None = None
+    ) -> torch.Tensor:
+        """The same by projected tokens ``(B, N, K)`` of the layers."""
         by_layer = []
-        for number, (layer, neurons) in enumerate(zip(self.layers, self.neurons, strict=True)):
-            projected = neurons.project(tokens[layer])
+        for number, (of_layer, neurons) in enumerate(zip(projected, self.neurons, strict=True)):
             by_scale = []
             for window, scale in enumerate(self.scales):
-                averaged = neurons.normalize(average_neighbors(projected, grid, scale))
-                deviation = self.banks[number][window](averaged)
+                averaged = neurons.normalize(average_neighbors(of_layer, grid, scale))
+                bank = self.banks[number][window]
+                if left_out is None:
+                    deviation = bank(averaged)
+                else:
+                    deviation = bank.leave_out(averaged, left_out, grid, stride_of(scale))
                 if self.own_weight > 0:
                     own = self.own_images[number][window](averaged, grid, stride_of(scale))
                     deviation = torch.lerp(deviation, own, self.own_weight)
@@ -440,10 +459,10 @@ class LAKEModel(nn.Module):
                 self._stored[number] = []
                 neurons.select(tokens.flatten(0, 1), generator)
                 projected = neurons.project(tokens)
-                self._projected.append(projected[self._shown])
+                self._projected.append(projected)
                 self._add(number, projected[others], others)
         if self.text_weight > 0:
-            self._semantic = [torch.cat(self._semantic)[self._shown]]
+            self._semantic = [torch.cat(self._semantic)]
 
     def _add(self, number: int, projected: torch.Tensor, images: Sequence[int]) -> None:
         """Add the projected tokens ``(B, N, K)`` of images to the banks of a layer."""
@@ -501,9 +520,8 @@ class LAKEModel(nn.Module):
             class_name (str): What the images show, for WinCLIP's prompts.
 
         Returns:
-            InferenceBatch: What the normal images, at most 8 of them, get when each is compared with the others only.
-            That is corrected by what one image less in the bank raises the deviation, so that it estimates what a new
-            good image gets.
+            InferenceBatch: What the normal images, at most the first 32 of them, get when each is compared with what
+            the bank holds of the others: an estimate of what a new good image gets.
 
         Raises:
             ValueError: If nothing was stored, or the normal images do not vary.
@@ -530,25 +548,37 @@ class LAKEModel(nn.Module):
                 tower = text_tower(checkpoint, quick_gelu="quickgelu" in self.backbone.name)
                 self.text_embeddings = embed_prompts(tower, *ensembles).to(device)
                 self._checkpoint = None
-            by_layer, correction = [], leave_one_out_correction(self.num_stored)
             for layer, (neurons, banks) in enumerate(zip(self.neurons, self.banks, strict=True)):
-                by_scale = []
+                shown = self._projected[layer][self._shown]
                 for window, (scale, bank) in enumerate(zip(self.scales, banks, strict=True)):
-                    averaged = neurons.normalize(average_neighbors(self._projected[layer], self._grid, scale))
+                    averaged = neurons.normalize(average_neighbors(shown, self._grid, scale))
                     of_shown = [of_image[layer][window] for of_image in copies] or None
-                    deviation = bank.fit(averaged, self._grid, stride_of(scale), self._shown, of_shown) * correction
+                    bank.fit(averaged, self._grid, stride_of(scale), self._shown, of_shown)
                     if self.own_weight > 0:
-                        own = self.own_images[layer][window].fit(
-                            averaged, self._grid, stride_of(scale), least=bank.distance_scale
-                        )
-                        deviation = torch.lerp(deviation, own, self.own_weight)
-                    by_scale.append(deviation)
-                by_layer.append(torch.stack(by_scale))
-            deviation = torch.stack(by_layer).mean(dim=0).amax(dim=0)
-            semantic = self._semantic[0] if self.text_weight > 0 else None
-            result = self._predict(deviation, semantic, self._grid, self._size)
+                        own_image = self.own_images[layer][window]
+                        own_image.fit(averaged, self._grid, stride_of(scale), least=bank.distance_scale)
+            result = self._left_out()
             self.forget()
             return result
+
+    def _left_out(self) -> InferenceBatch:
+        """Predictions of the first normal images, each compared with the others."""
+        found = []
+        numbers = range(len(self._projected[0]))
+        for number in tqdm(numbers, "each normal image against the others", unit="image", delay=3):
+            one = slice(number, number + 1)
+            deviation = self._deviation([projected[one] for projected in self._projected], self._grid, number)
+            semantic = self._semantic[0][one] if self.text_weight > 0 else None
+            found.append(self._predict(deviation, semantic, self._grid, self._size))
+        return joined(found)
+
+
+def joined(predictions: Sequence[InferenceBatch]) -> InferenceBatch:
+    """Scores and maps of several batches in one."""
+    return InferenceBatch(
+        pred_score=torch.cat([batch.pred_score for batch in predictions]),
+        anomaly_map=torch.cat([batch.anomaly_map for batch in predictions]),
+    )
 
 
 def _joined(copies: list[Copies]) -> Copies:

@@ -27,7 +27,7 @@ class FewShot(AnomalibDataModule):
         target (str | AnomalibDataModule): Name of an image datamodule of anomalib, for instance ``"MVTecAD"``; or a
             datamodule, which a config gives as ``class_path`` and ``init_args``.
         target_args (dict[str, Any] | None): Its arguments, where ``target`` is a name.
-        k_shot (int | None): Normal images to learn from, ``None`` for all. Defaults to 4 (ours, as LAKE's).
+        k_shot (int | None): Normal images to learn from, ``None`` for all. Defaults to 4 (ours).
         seed (int | None): Seed of the draw. ``None`` takes the process's, which the benchmark sets to a job's
             ``seed``. Defaults to ``None``.
 

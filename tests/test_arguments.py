@@ -68,6 +68,7 @@ OF_SPG: list[tuple[dict[str, Any], str]] = [
 ]
 OF_LAKE: list[tuple[dict[str, Any], str]] = [
     ({"k_shot": 0}, "k_shot=0 must be at least 1"),
+    ({"k_shot": "most"}, "k_shot=most must be at least 1, 'auto' for up to 32, or null"),
     ({"extend": "none.ckpt"}, r"extend='none\.ckpt' is no file"),
     ({"num_neurons": 0}, "num_neurons=0 must be at least 1"),
     ({"num_neurons": 1}, "num_neurons=1 .* only a sign"),

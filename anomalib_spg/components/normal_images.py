@@ -4,15 +4,18 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from anomalib.data import AnomalibDataset, PredictDataset
 from anomalib.data.utils import get_image_filenames
 
+AUTO = 32  # images that "auto" draws: measured, more hardly help
+
 
 def draw_normal_images(
     dataset: AnomalibDataset,
-    k_shot: int | None,
+    k_shot: int | Literal["auto"] | None,
     source: str | Path | None = None,
     transform: Callable | None = None,
     name: str = "the datamodule",
@@ -25,7 +28,7 @@ def draw_normal_images(
 
     Args:
         dataset (AnomalibDataset): Training set; images labelled anomalous are left aside.
-        k_shot (int | None): Number of images, ``None`` for all.
+        k_shot (int | Literal["auto"] | None): Number of images; ``"auto"`` for all, but at most 32; ``None`` for all.
         source (str | Path | None): Folder (or file) to draw from instead.
         transform (Callable | None): Transform for the images of that folder.
         name (str): What the training set is called in messages.
@@ -35,7 +38,7 @@ def draw_normal_images(
         tuple[AnomalibDataset | PredictDataset, list[str]]: The dataset of the drawn images, and their paths.
 
     Raises:
-        ValueError: If there are no images, or fewer than ``k_shot``; the message says how many there are.
+        ValueError: If there are no images, or fewer than a number ``k_shot``; the message says how many there are.
 
     Example:
         >>> import tempfile
@@ -63,6 +66,8 @@ def draw_normal_images(
     if not normal:
         msg = f"There are no normal images in {place}. {remedy}."
         raise ValueError(msg)
+    if k_shot == "auto":
+        k_shot = min(AUTO, len(normal))
     if k_shot is not None and k_shot > len(normal):
         msg = (
             f"k_shot={k_shot} asks for more normal images than the {len(normal)} in {place}. Give more images, or "

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_lake import bank as module
-from anomalib_lake.bank import NormalityBank, k_center_greedy, nearest
+from anomalib_lake.bank import NormalityBank, k_center_greedy, leave_one_out_correction, nearest
 
 
 @pytest.mark.parametrize("neighbors", [1, 2, 5, 30, 100])
@@ -120,9 +120,12 @@ def test_images_added_before() -> None:
     bank, at_once = NormalityBank(size=80), NormalityBank(size=80)
     bank.add(tokens[3:], [3, 4], (4, 4))
     assert not len(bank.tokens), "nothing counts before the fit"
-    deviation = bank.fit(tokens[:3], (4, 4), numbers=[0, 1, 2])
-    expected = [nearest(tokens[i], tokens[[j for j in range(5) if j != i]].flatten(0, 1)) for i in range(3)]
-    torch.testing.assert_close(deviation * bank.distance_scale, torch.stack(expected))
+    bank.fit(tokens[:3], (4, 4), numbers=[0, 1, 2])
+    distances = [nearest(tokens[i], tokens[[j for j in range(5) if j != i]].flatten(0, 1)) for i in range(5)]
+    torch.testing.assert_close(bank.distance_scale, torch.cat(distances[:3]).quantile(0.99))
+    for number in range(5):  # those added before, too
+        expected = distances[number] / bank.distance_scale * leave_one_out_correction(5)
+        torch.testing.assert_close(bank.leave_out(tokens[number : number + 1], number, (4, 4))[0], expected)
     at_once.fit(tokens, (4, 4))
     queries = torch.randn(2, 16, 6)
     torch.testing.assert_close(nearest(queries, bank.tokens), nearest(queries, at_once.tokens))

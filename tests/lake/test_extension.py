@@ -213,3 +213,12 @@ def test_the_first_fit_after_a_failed_one(fitted: Path, mvtec: Path, tmp_path: P
     model.few_shot_source, model.k_shot = None, 1
     engine(tmp_path).fit(model=model, datamodule=data(mvtec))
     assert model.model.banks[0][0].image_indices.unique().tolist() == [0, 1, 2]
+
+
+def test_nothing_further_to_take_in(fitted: Path, mvtec: Path, tmp_path: Path) -> None:
+    """Once the bank holds the whole training set, a folder is asked for."""
+    run = engine(tmp_path / "all", limit_val_batches=0)
+    run.fit(model=build(extend=fitted, k_shot="auto"), datamodule=data(mvtec))
+    model = build(extend=run.best_model_path, k_shot="auto")
+    with pytest.raises(ValueError, match=r"holds every normal image of the training set already.* few_shot_source"):
+        engine(tmp_path).fit(model=model, datamodule=data(mvtec))

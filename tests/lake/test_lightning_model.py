@@ -20,6 +20,7 @@ from PIL import Image
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
 from anomalib_lake import LAKE, ExplanationVisualizer
+from anomalib_spg.components import normal_images
 from tests.helpers import TINY, TINY_CLIP, data, engine, make_mvtec, raw_metrics
 
 
@@ -317,6 +318,21 @@ def test_fewer_in_the_training_set(mvtec: Path, tmp_path: Path) -> None:
     """The datamodule is named."""
     with pytest.raises(ValueError, match="k_shot=5 asks for more normal images than the 4 in the training set of MVTe"):
         engine(tmp_path).fit(model=build(k_shot=5), datamodule=data(mvtec))
+
+
+@pytest.mark.parametrize(("most", "count"), [(32, 4), (3, 3)])
+def test_all_good_parts_up_to_a_number_by_default(
+    most: int, count: int, mvtec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them against the others helps to set the threshold; beyond that number the others do, too."""
+    monkeypatch.setattr(normal_images, "AUTO", most)
+    model = build(k_shot="auto")
+    assert LAKE(backbone=TINY, pre_trained=False, image_size=64).k_shot == "auto"
+    engine(tmp_path, limit_val_batches=0).fit(model=model, datamodule=data(mvtec))
+    assert len(model.normal_images) == count
+    assert model.model.banks[0][0].image_indices.unique().tolist() == list(range(count))
+    assert len(model.post_processor._scores["learned"]) == count
+    assert len(model.post_processor._scores["held_out"]) == len(model.held_out_images) == 4 - count
 
 
 def test_unreadable_normal_image_is_named(tmp_path: Path) -> None:

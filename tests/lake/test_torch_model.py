@@ -289,7 +289,7 @@ def test_memory_does_not_grow(small_sample: int) -> None:
         tensors += [rows[0] for bank in model._all_banks() for rows in bank._added]
         held.append(4 * sum(tensor.numel() for tensor in tensors))
     assert held[small_sample - 1] == max(held) == small_sample * 2 * 16 * 192 * 4
-    assert max(held[small_sample:]) <= 2 * 4 * (8 * 16 + 80 + 40) * 20
+    assert max(held[small_sample:]) <= 2 * 4 * (small_sample * 16 + 80 + 40) * 20
     sized = LAKEModel(TINY, layers=[2, 3], pre_trained=False, num_neurons=20, bank_size=40, image_size=(64, 64))
     assert max(held) < sized.memory_need(40) == sized.memory_need(4000)
     unbounded = LAKEModel(TINY, layers=[2, 3], pre_trained=False, num_neurons=20, bank_size=None)
