@@ -575,10 +575,8 @@ class LAKEModel(nn.Module):
 
 def joined(predictions: Sequence[InferenceBatch]) -> InferenceBatch:
     """Scores and maps of several batches in one."""
-    return InferenceBatch(
-        pred_score=torch.cat([batch.pred_score for batch in predictions]),
-        anomaly_map=torch.cat([batch.anomaly_map for batch in predictions]),
-    )
+    scores, maps = ([getattr(batch, name) for batch in predictions] for name in ("pred_score", "anomaly_map"))
+    return InferenceBatch(pred_score=torch.cat(scores), anomaly_map=torch.cat(maps))
 
 
 def _joined(copies: list[Copies]) -> Copies:

@@ -21,20 +21,20 @@ A threshold from good parts can hold for parts of the same distribution only. So
 all crops are exchangeable: those to draw from, the unseen ones and those that defects are drawn on all come from random
 places of the whole photograph (of textile: of a random one of 16 images). Hence they overlap.
 
-``n`` good images are all a user has. LAKE, PatchCore and AnomalyDINO compare with min(4, n) of them and place the
-threshold by the others (LAKE: by its own leave-one-out scores, too); SPG learns from anomalies drawn on three quarters
-of them, or on all below 8; its views, three of each image, are drawn once for all draws. Thresholds are those of the
-post-processors. ``banks`` gives LAKE more of them to compare with, ``neighbors`` averages distances to several of its
-tokens. All methods see the same draws: LAKE five, SPG and the peers the first two (``--slow-draws``).
+``n`` good images are all a user has. LAKE compares with all; each of them against the others sets its threshold; with
+fewer in the bank, as the peers, the others set it, too. SPG learns from anomalies drawn on three quarters of them, or
+on all below 8; its views, three of each image, are drawn once for all draws. Thresholds are those of the post-processors.
+``banks`` gives LAKE fewer of them to compare with, ``neighbors`` averages distances to several of its tokens. All
+methods see the same draws: LAKE five, SPG and the peers the first two (``--slow-draws``).
 
 Printed: share of the unseen good images that are rejected, mean and worst dataset; share of the bad ones that are
 accepted; F1, the best F1 that any threshold reaches on the very same scores, the false alarms it takes there, and the
 gap to it; share of a good part's pixels that are in its mask, of every fourth row and column; image AUROC. In percent,
 mean over datasets and draws ± standard deviation over the datasets' means.
 
-DINOv2-S/14 at 448x448. Every image passes the backbone once; its tokens, 8 GB, are kept in ``--cache``, and predictions
-below it, in a folder named by the source code of both models. ``--only`` takes some of the datasets, ``--methods``
-some of the methods.
+DINOv2-S/14 at 448x448. Every image passes the backbone once; its tokens, some GB, are kept in ``--cache``, predictions
+below it, in a folder named by the source code of both models. ``--only`` takes some of the datasets, ``--methods`` some
+of the methods.
 """
 
 import argparse
@@ -59,8 +59,10 @@ from tqdm import tqdm
 import anomalib_lake
 import anomalib_spg
 from anomalib_lake import LAKE, LAKEModel
+from anomalib_lake.torch_model import joined
 from anomalib_spg import SPG
 from anomalib_spg.components.held_out import choose
+from anomalib_spg.components.normal_images import AUTO
 from anomalib_spg.components.post_processor import FALSE_ALARM_RATE, GoodPartsPostProcessor
 from anomalib_spg.components.raw_scores import RawScorePostProcessor
 from anomalib_spg.components.threshold import logit
@@ -108,10 +110,17 @@ def pictures(name: str, data: Path) -> list[torch.Tensor]:
     return [torch.from_numpy(image.copy()).permute(2, 0, 1) / 255 for image in images]
 
 
-def prepare(name: str, data: Path) -> dict[str, torch.Tensor]:
-    """Raw tokens of all images, of anomalies drawn on the first 40, and of SPG's views of them."""
-    model, early = backbone(data), backbone(data, EARLY)
-    transform = model.pre_processor.transform
+def prepare(name: str, data: Path) -> torch.Tensor:
+    """Raw tokens of all images."""
+    model = backbone(data)
+    images = [model.pre_processor.transform(image)[None] for image in pictures(name, data)]
+    return torch.cat([tokens(model, image) for image in tqdm(images, f"{name}, images")])
+
+
+def prepare_drawn(name: str, data: Path, images_tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Raw tokens of anomalies drawn on the first 40 images, and of SPG's views of them."""
+    early = backbone(data, EARLY)
+    transform = early.pre_processor.transform
     torch.manual_seed(0)
     images = pictures(name, data)
     batch = torch.stack([transform(image) for image in images[:COUNT]])
@@ -121,14 +130,13 @@ def prepare(name: str, data: Path) -> dict[str, torch.Tensor]:
     stored = {
         "drawn_masks": torch.cat(masks),
         "perlin_masks": torch.cat([resize(mask, [448, 448]) > 0.5 for mask in perlin_masks]),
-        "images": torch.cat([tokens(model, transform(image)[None]) for image in tqdm(images, f"{name}, images")]),
         "perlin": torch.cat([
             tokens(early, transform((image.clamp(0, 1) * 255).round() / 255)[None])
             for image in tqdm(drawn, f"{name}, drawn")
         ]),
     }
     block = EARLY.index(cross_dataset.BLOCK)
-    stored["drawn"] = stored["images"][:COUNT, [block]].repeat(VIEWS, 1, 1, 1)
+    stored["drawn"] = images_tokens[:COUNT, [block]].repeat(VIEWS, 1, 1, 1)
     changed = stored["drawn_masks"].flatten(1).any(dim=1).nonzero().flatten()  # the others are the images themselves
     for index in tqdm(changed.tolist(), f"{name}, views"):
         stored["drawn"][index] = tokens(early, views[index // COUNT][index % COUNT][None])[:, [block]][0]
@@ -138,18 +146,19 @@ def prepare(name: str, data: Path) -> dict[str, torch.Tensor]:
 class Parts(cross_dataset.Category):
     """A dataset's tokens; rated by nothing, so that scores and maps come back."""
 
-    def __init__(self, stored: dict[str, torch.Tensor], norm: torch.nn.Module) -> None:
-        images = stored["images"]
+    def __init__(
+        self, images: torch.Tensor, norm: torch.nn.Module, anomalies: Callable[[], dict[str, torch.Tensor]]
+    ) -> None:
         shown = {
             "train": images[:COUNT],
             "test": images,  # all of them: those left over set the threshold, the unseen ones test it
             "labels": torch.arange(3 * COUNT) >= 2 * COUNT,
             "masks": torch.zeros(0),
-            "drawn": stored["drawn"].expand(-1, len(BLOCKS), -1, -1),  # block 6, wherever it is looked for
-            "drawn_masks": stored["drawn_masks"],
+            "drawn": torch.zeros(0),
+            "drawn_masks": torch.zeros(0),
         }
         super().__init__(shown, norm)
-        self.perlin, self.perlin_masks = stored["perlin"], stored["perlin_masks"]
+        self.anomalies = anomalies  # what :func:`prepare_drawn` gave
 
     def rate(self, scores: torch.Tensor, maps: torch.Tensor) -> InferenceBatch:  # type: ignore[override]  # noqa: PLR6301
         """Scores, and every fourth row and column of the maps."""
@@ -159,23 +168,22 @@ class Parts(cross_dataset.Category):
 Predictions = dict[str, InferenceBatch]  # of all images, of "own" ones that are learned from, of "perlin" anomalies
 
 
-def lake(parts: Parts, shots: int, draw: int, num_neighbors: int = 1) -> Predictions:
-    """LAKE's own predictions; "own": of each normal image by the others."""
+def lake(parts: Parts, shots: int, draw: int, num_neighbors: int = 1, perlin: bool = False) -> Predictions:
+    """LAKE's own predictions of all images, or of anomalib's drawn anomalies; "own": of normal images by the others."""
     torch.manual_seed(draw)
     model = LAKEModel(BACKBONE, pre_trained=False, num_neighbors=num_neighbors).eval()
     for image in parts.train[parts.draw(shots, draw)]:
         model.store({block: image[None, BLOCKS.index(block)].float() for block in DEFAULT}, GRID, (448, 448))
-    results = {"own": [model.fit()], "images": [], "perlin": []}
-    for key, images in (("images", parts.test), ("perlin", parts.perlin)):
-        for image in images:
-            by_block = {block: image[None, BLOCKS.index(block)].float() for block in DEFAULT}
-            results[key].append(model._predict(model.structural_deviation(by_block, GRID), None, GRID, (448, 448)))
-    return {
-        key: parts.rate(
-            torch.cat([result.pred_score for result in batches]), torch.cat([result.anomaly_map for result in batches])
-        )
-        for key, batches in results.items()
-    }
+    own, images = model.fit(), parts.anomalies()["perlin"] if perlin else parts.test
+    by_block = ({block: image[None, BLOCKS.index(block)].float() for block in DEFAULT} for image in images)
+    found = joined([model.score(tokens, GRID, (448, 448)) for tokens in by_block])
+    results = {"own": own, "perlin" if perlin else "images": found}
+    return {key: parts.rate(result.pred_score, result.anomaly_map) for key, result in results.items()}
+
+
+def lake_perlin(parts: Parts, shots: int, draw: int) -> Predictions:
+    """Of anomalib's drawn anomalies."""
+    return lake(parts, shots, draw, perlin=True)
 
 
 def lake_3(parts: Parts, shots: int, draw: int) -> Predictions:
@@ -203,7 +211,10 @@ def spg(parts: Parts, count: int, draw: int) -> Predictions:
     learned = parts.draw(count, draw)[split(count, draw)[0]]
     views = (learned + COUNT * torch.arange(VIEWS)[:, None]).flatten()
     few = copy.copy(parts)
-    few.drawn, few.drawn_masks = parts.drawn[views], parts.drawn_masks[views]
+    anomalies = parts.anomalies()
+    drawn = anomalies["drawn"][views]
+    few.drawn = drawn.expand(-1, len(BLOCKS), -1, -1)  # block 6, wherever it is looked for
+    few.drawn_masks = anomalies["drawn_masks"][views]
     return {"images": cross_dataset.test(cross_dataset.learn([few], draw, drawn=True), parts)}
 
 
@@ -235,11 +246,17 @@ class Experiment:
     @lru_cache(maxsize=1)  # noqa: B019
     def parts(self, name: str) -> Parts:
         """A dataset's tokens, computed or read from a former run."""
-        file = self.cache / f"{name}.pt"
+        file, drawn = self.cache / f"{name}.pt", self.cache / f"{name}-drawn.pt"
         if not file.exists():
             torch.save(prepare(name, self.data), file)
-        norm = backbone(self.data).model.backbone.vit.norm
-        return Parts(torch.load(file, mmap=True, weights_only=True), norm)
+        images = torch.load(file, mmap=True, weights_only=True)
+
+        def anomalies() -> dict[str, torch.Tensor]:
+            if not drawn.exists():
+                torch.save(prepare_drawn(name, self.data, images), drawn)
+            return torch.load(drawn, mmap=True, weights_only=True)
+
+        return Parts(images, backbone(self.data).model.backbone.vit.norm, anomalies)
 
     def predict(self, method: Method, name: str, count: int, draw: int) -> Predictions:
         """A method's predictions, computed or read from a former run."""
@@ -339,16 +356,19 @@ FEW_AND_MANY = (8, 30)
 def methods(experiment: Experiment, row: Row) -> None:
     """Each method with its own post-processor."""
 
-    def rate(method: Method, good: int) -> Callable[[str, int], list[float]]:
-        return lambda name, draw: worth(*experiment.good_parts(method, name, good, draw))
+    def rate(method: Method, good: int, shots: int) -> Callable[[str, int], list[float]]:
+        return lambda name, draw: worth(*experiment.good_parts(method, name, good, draw, shots=shots))
 
     for good in (1, 4, *FEW_AND_MANY):
-        row("LAKE", good, rate(lake, good))
+        row("LAKE", good, rate(lake, good, AUTO))
+    for good in FEW_AND_MANY:
+        row("LAKE, 4 in the bank", good, rate(lake, good, SHOTS))
     for good in (4, *FEW_AND_MANY):
-        row("SPG", good, rate(spg, good), slow=True)
+        row("SPG", good, rate(spg, good, 0), slow=True)
     for title, method in (("PatchCore", patchcore), ("AnomalyDINO", anomaly_dino)):
         for good in FEW_AND_MANY:
-            row(title, good, rate(method, good), slow=True)
+            row(f"{title}, 4 in the bank", good, rate(method, good, SHOTS), slow=True)
+        row(f"{title}, 15 in the bank", 30, rate(method, 30, 15), slow=True)
 
 
 def rules(experiment: Experiment, row: Row) -> None:
@@ -357,12 +377,13 @@ def rules(experiment: Experiment, row: Row) -> None:
     def rate(rule: Callable[[Predictions, Parts, torch.Tensor], PostProcessor], good: int) -> Callable:
         def by_rule(name: str, draw: int) -> list[float]:
             predictions, parts = experiment.predict(lake, name, SHOTS, draw), experiment.parts(name)
+            predictions |= experiment.predict(lake_perlin, name, SHOTS, draw)
             return worth(rule(predictions, parts, parts.draw(good, draw)), predictions["images"])
 
         return by_rule
 
     def drawn(predictions: Predictions, parts: Parts, good: torch.Tensor, bad: torch.Tensor) -> PostProcessor:
-        masks = parts.perlin_masks[bad][:, ::4, ::4]
+        masks = parts.anomalies()["perlin_masks"][bad][:, ::4, ::4]
         return validated(PostProcessor(), some(predictions["images"], good), some(predictions["perlin"], bad), masks)
 
     def config(predictions: Predictions, parts: Parts, order: torch.Tensor) -> PostProcessor:
@@ -380,7 +401,7 @@ def rules(experiment: Experiment, row: Row) -> None:
         return placed(float(known.mean() + 3 * known.std(correction=0)))
 
     def percentile(predictions: Predictions, parts: Parts, order: torch.Tensor) -> PostProcessor:
-        masks = parts.perlin_masks[:0, ::4, ::4]
+        masks = parts.anomalies()["perlin_masks"][:0, ::4, ::4]
         images = predictions["images"]
         return validated(SuperADDPostProcessor(), some(images, order[SHOTS:]), some(images, order[:0]), masks)
 
@@ -410,9 +431,9 @@ def rates(experiment: Experiment, row: Row) -> None:
 
 
 def banks(experiment: Experiment, row: Row) -> None:
-    """LAKE with more of the good images in its bank, and fewer left over."""
+    """LAKE with fewer of the good images in its bank, and more left over."""
     for good in (8, 16, 30, 40):
-        for shots in sorted({4, min(good // 2, 16), min(good, 16), good}):
+        for shots in sorted({4, min(good // 2, 16), min(good, AUTO)}):
             row(
                 f"{shots} in the bank",
                 good,
@@ -449,7 +470,7 @@ def main() -> None:
         def row(
             title: str, good: int, rate: Callable[[str, int], list[float]], slow: bool = False, name: str = name
         ) -> None:
-            if arguments.table == "methods" and title not in arguments.methods:
+            if arguments.table == "methods" and title.split(",", 1)[0] not in arguments.methods:
                 return
             draws = min(arguments.draws, arguments.slow_draws) if slow else arguments.draws
             by_draw = torch.tensor([rate(name, draw) for draw in range(draws)])
