@@ -275,9 +275,9 @@ def leave_one_out_correction(images: int) -> float:
     r"""What leave-one-out deviations from the bank are multiplied with to estimate those of new good images.
 
     A bank with one image less has fewer neighbours to offer. Measured on twelve small datasets, the logarithm of the
-    highest deviation of an image is too high by about :math:`0.09 \ln(k / (k - 1))` with :math:`k` images. A bank that is
-    thinned holds one of several tokens that are alike, which may be the image's own; what that adds, about 0.02, is left,
-    so that rather fewer good parts are rejected than named. The quarters of a single image say little about other
+    highest deviation of an image is too high by about :math:`0.09 \ln(k / (k - 1))` with :math:`k` images. Of several
+    tokens that are alike a bank that is thinned holds one, which may be the image's own; what that adds, about 0.02, is
+    left, so that rather fewer good parts are rejected than named. The quarters of a single image say little about other
     images; with 0.05 new good parts exceed the threshold at the named rate on the average of seven datasets.
 
     Args:

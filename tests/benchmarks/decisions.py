@@ -21,11 +21,11 @@ A threshold from good parts can hold for parts of the same distribution only. So
 all crops are exchangeable: those to draw from, the unseen ones and those that defects are drawn on all come from random
 places of the whole photograph (of textile: of a random one of 16 images). Hence they overlap.
 
-``n`` good images are all a user has. LAKE compares with all; each of them against the others sets its threshold; with
-fewer in the bank, as the peers, the others set it, too. SPG learns from anomalies drawn on three quarters of them, or
-on all below 8; its views, three of each image, are drawn once for all draws. Thresholds are those of the post-processors.
-``banks`` gives LAKE fewer of them to compare with, ``neighbors`` averages distances to several of its tokens. All
-methods see the same draws: LAKE five, SPG and the peers the first two (``--slow-draws``).
+``n`` good images are all a user has. LAKE compares with all, and each of them against the others sets its threshold;
+with fewer in the bank, as the peers, the others set it, too. SPG learns from anomalies drawn on three quarters of them,
+or on all below 8; its views, three of each image, are drawn once for all draws. Thresholds are those of the
+post-processors. ``banks`` gives LAKE fewer of them to compare with, ``neighbors`` averages distances to several of its
+tokens. All methods see the same draws: LAKE five, SPG and the peers the first two (``--slow-draws``).
 
 Printed: share of the unseen good images that are rejected, mean and worst dataset; share of the bad ones that are
 accepted; F1, the best F1 that any threshold reaches on the very same scores, the false alarms it takes there, and the
