@@ -68,6 +68,22 @@ def test_one_image_leaves_its_quarters_out() -> None:
         for a in range(6)
     ]
     assert bank.distance_scale.item() == pytest.approx(np.quantile(expected, 0.99), rel=1e-4)
+    left_out = bank.leave_out(tokens, 0, (2, 3)) * bank.distance_scale
+    torch.testing.assert_close(left_out[0], torch.tensor(expected) * leave_one_out_correction(1))
+
+
+def test_image_left_out_of_a_thinned_bank() -> None:
+    """It is compared with what the bank holds of the others."""
+    tokens = torch.randn(12, 16, 4)
+    bank = NormalityBank(size=60)
+    bank.fit(tokens, (4, 4))
+    for number in (0, 7):
+        others = [i for i in range(60) if bank.image_indices[i] != number]
+        assert 0 < len(others) < 60
+        expected = (
+            torch.cdist(tokens[number], bank.tokens[others]).amin(dim=1) / bank.distance_scale * (11 / 12) ** 0.09
+        )
+        torch.testing.assert_close(bank.leave_out(tokens[[number]], number, (4, 4))[0], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_one_normal_patch_in_a_hundred_deviates_by_more_than_one() -> None:
