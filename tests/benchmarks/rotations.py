@@ -5,8 +5,9 @@
     python -m anomalib_spg.quickstart
     python -m tests.benchmarks.rotations
 
-Four parts (tests/objects.py), images four wide and three high, which the model squeezes to squares: 24 good images, of
-which LAKE compares with 1 or 4 and places its threshold by 20 others, 40 unseen good ones and 40 bad ones. Mean over
+Four parts (tests/objects.py), images four wide and three high, which the model squeezes to squares: 24 good images, 40
+unseen good ones and 40 bad ones. LAKE compares with 1 or 4 of the 24 and places its threshold by 20 others, or with all,
+as is its default, and places it by each of them against the others. Mean over
 ``--draws`` of the good images that are compared with. ``--objects`` takes objects that lie nearly in place: there
 copies bring nothing. Every image passes the backbone once, rotated copies whenever they are needed. Printed are image
 AUROC by part, the share of good images rejected and bad ones accepted at the default false-alarm rate, in percent, and
@@ -43,14 +44,15 @@ def rate(
     left_out = model.fit()
     seconds = time.perf_counter() - start
     post_processor = LAKE.configure_post_processor()
-    post_processor.add_good(left_out.pred_score, None, learned_from=True)
     model.eval()
     with torch.inference_mode():
         results = [model.score(*of_image, SIZE) for of_image in tokens]
     scores = torch.cat([result.pred_score for result in results])
     maps = torch.cat([result.anomaly_map[..., ::4, ::4] for result in results])
-    held_out = drawn[-HELD_OUT:]
-    post_processor.add_good(scores[held_out], maps[held_out])
+    held_out = drawn[max(shots, GOOD - HELD_OUT) :]
+    post_processor.add_good(left_out.pred_score, None if len(held_out) else left_out.anomaly_map, learned_from=True)
+    if len(held_out):
+        post_processor.add_good(scores[held_out], maps[held_out])
     post_processor.place_thresholds()
     rejected = post_processor(InferenceBatch(pred_score=scores, anomaly_map=maps)).pred_label.flatten().float()
     good, bad = slice(GOOD, GOOD + TESTED), slice(GOOD + TESTED, None)
@@ -64,6 +66,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("quickstart"))
     parser.add_argument("--draws", type=int, default=2)
     parser.add_argument("--rotations", nargs="+", type=int, default=[1, 4, 8, 24])
+    parser.add_argument("--shots", nargs="+", type=int, default=[1, 4, 24])
     parser.add_argument("--objects", action="store_true", help="objects that lie nearly in place")
     arguments = parser.parse_args()
     transform = LAKE.configure_pre_processor(SIZE, BACKBONE).transform
@@ -82,7 +85,7 @@ def main() -> None:
             model = LAKEModel(BACKBONE, weights=weights, image_size=SIZE, num_rotations=rotations)
             with torch.inference_mode():
                 tokens = tokens or [model.tokens(image) for image in tqdm(images.split(1), name)]
-            for shots in (1, 4):
+            for shots in arguments.shots:
                 by_draw = [rate(model, images, tokens, shots, draw, aspect) for draw in range(arguments.draws)]
                 figures.setdefault((shots, rotations), []).append(torch.tensor(by_draw).mean(dim=0))
     print(f"| shots | num_rotations | {' | '.join(names)} | image AUROC | good rejected | bad accepted | fit, s |")
