@@ -97,11 +97,13 @@ def factory(
 def test_training_says_what_is_known(factory: Factory) -> None:
     """Number of good parts, threshold, the rate to expect with its interval; no figure that looks like a test."""
     found = re.search(
-        r"Threshold [\d.]+ \(shown as 0\.5\) from (\d+) good images. It will reject about 8.0% of good parts",
+        r"Threshold [\d.]+ \(shown as 0\.5\) from (\d+) good images \((\d+) of them learned from\)\. "
+        r"It will reject about 8\.0% of good parts",
         factory.trained,
     )
     assert found
     assert int(found[1]) == {"lake": 20, "spg": 20}[factory.name]
+    assert int(found[2]) == {"lake": 20, "spg": 15}[factory.name]
     assert "with 90 % probability" in factory.trained
     assert "there were no bad images" in factory.trained
     assert "image_AUROC" not in factory.trained

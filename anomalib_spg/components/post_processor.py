@@ -242,7 +242,9 @@ class GoodPartsPostProcessor(PostProcessor):
         expected = f"about {known.rate:.1%} of good parts ({low:.1%} to {high:.1%} with 90 % probability)"
         shown = " (shown as 0.5)" if self.enable_normalization else ""
         if abs(placed - known.logit) < 1e-3:
-            words = f"Threshold {own:.3f}{shown} from {known.images} good images. It will reject {expected}."
+            learned = 0 if known.is_conformal else len(self._scores["learned"])
+            of_them = f" ({learned} of them learned from)" if learned else ""
+            words = f"Threshold {own:.3f}{shown} from {known.images} good images{of_them}. It will reject {expected}."
         else:
             good = [*self._scores["held_out"], *self._scores["good"]]
             words = (

@@ -203,12 +203,14 @@ def test_bad_rates(arguments: dict) -> None:
 def test_report_says_what_is_known() -> None:
     """Number of good parts, the rate with its interval, and that misses are unknown or how many bad parts are found."""
     few, many = GoodPartsPostProcessor(), GoodPartsPostProcessor()
-    few.add_good(torch.linspace(0.2, 0.4, 8))
+    few.add_good(torch.linspace(0.2, 0.4, 5))
+    few.add_good(torch.linspace(0.2, 0.4, 3), learned_from=True)
     many.on_validation_batch_end(None, None, batch(torch.linspace(0.2, 0.9, 60), torch.tensor([0] * 50 + [1] * 10)))
     for post_processor in (few, many):
         post_processor.place_thresholds()
     assert re.search(
-        r"from 8 good images. It will reject about 8\.0% .*\(.*% to .*%.*24 good images.*misses is unknown",
+        r"from 8 good images \(3 of them learned from\)\. It will reject about 8\.0% .*\(.*% to .*%.*24 good images.*"
+        r"misses is unknown",
         few.report(),
     )
     assert re.search(
