@@ -255,8 +255,8 @@ def stride_of(scale: int) -> int:
     return scale // 2 + 1
 
 
-def left_out_images(count: int) -> list[int]:
-    """Indices of the normal images whose distances to the others are the scale: at most 8, spread over all.
+def reference_images(count: int) -> list[int]:
+    """Indices of the reference images, whose distances to the others are the scale: at most 8, spread over all.
 
     Args:
         count (int): Number of normal images.
@@ -265,7 +265,7 @@ def left_out_images(count: int) -> list[int]:
         list[int]: Indices.
 
     Example:
-        >>> left_out_images(4), left_out_images(15)
+        >>> reference_images(4), reference_images(15)
         ([0, 1, 2, 3], [0, 2, 4, 6, 8, 10, 12, 14])
     """
     return sorted({round(number) for number in torch.linspace(0, count - 1, 8).tolist()})

@@ -24,7 +24,7 @@ from anomalib_spg.components.module_list import ModuleList
 from anomalib_spg.components.own_image import kept_patches
 from anomalib_spg.components.precision import full_precision
 
-from .bank import NormalityBank, average_neighbors, left_out_images, stride_of
+from .bank import NormalityBank, average_neighbors, reference_images, stride_of
 from .neurons import Normalization, Selection, SensitiveNeurons
 from .own_image import OwnImage
 from .rotations import rotate, shown_patches
@@ -235,7 +235,7 @@ class LAKEModel(nn.Module):
         self.num_stored = 0  # normal images
         self._stored: list[list[torch.Tensor]] = [[] for _ in self.layers]
         self._semantic: list[torch.Tensor] = []
-        self._shown: list[int] = []  # images whose distances to the others are the scale
+        self._references: list[int] = []  # reference images, whose distances to the others are the scale
         self._projected: list[torch.Tensor] = []  # tokens of the first images in the chosen neurons, by layer
         self._unrotated: dict[int, tuple[torch.Tensor, float]] = {}  # images by number, and their pixels' aspect
         for bank in self._all_banks():
@@ -262,11 +262,11 @@ class LAKEModel(nn.Module):
         kept = width if self.neurons[0].selection == "all" else self.neurons[0].count
         blocks = len(self.layers) + (self.text_weight > 0) + 1  # one more while they are put together
         values = min(images, SAMPLE) * rows * columns * (width * blocks + kept * len(self.layers))
-        if self.num_rotations > 1:  # images that wait for the neurons; copies of those that are shown, at all scales
+        if self.num_rotations > 1:  # images that wait for the neurons; copies of the reference images, at all scales
             values += min(images, SAMPLE) * 3 * math.prod(self.backbone.image_size)
-            shown = len(left_out_images(images)) * self.num_rotations
+            rotated = len(reference_images(images)) * self.num_rotations
             values += len(self.layers) * sum(
-                shown * rows * columns // stride_of(scale) ** 2 * kept for scale in self.scales
+                rotated * rows * columns // stride_of(scale) ** 2 * kept for scale in self.scales
             )
         for scale, bank in zip(self.scales, self.banks[0], strict=True):
             of_image = -(-rows // stride_of(scale)) * -(-columns // stride_of(scale)) * self.num_rotations
@@ -410,7 +410,7 @@ class LAKEModel(nn.Module):
         self.store(tokens, grid, (images.shape[-2], images.shape[-1]))
         if self.num_rotations > 1:
             self._unrotated |= {number: (image, self.pixel_aspect) for number, image in enumerate(images, start)}
-            if self._shown:
+            if self._references:
                 self._add_rotated()
         return tokens[self.layers[-1]]
 
@@ -438,7 +438,7 @@ class LAKEModel(nn.Module):
             if self.text_weight > 0:
                 self._semantic.append(tokens[self.semantic_layer][:room])
         if self.num_stored > SAMPLE:
-            if not self._shown:
+            if not self._references:
                 self._choose_neurons()
             numbers = range(max(start, SAMPLE), self.num_stored)
             with full_precision(self.text_embeddings.device):
@@ -446,11 +446,11 @@ class LAKEModel(nn.Module):
                     self._add(number, neurons.project(tokens[layer][room:]), numbers)
 
     def _choose_neurons(self) -> None:
-        """Choose them by what is stored, which then goes into the banks, but for the images that are shown."""
+        """Choose them by what is stored, which then goes into the banks, but for the reference images."""
         generator = torch.Generator().manual_seed(torch.initial_seed())
         images = sum(map(len, self._stored[0]))
-        self._shown = left_out_images(images)
-        others = [number for number in range(images) if number not in self._shown]
+        self._references = reference_images(images)
+        others = [number for number in range(images) if number not in self._references]
         for bank in self._all_banks():
             bank.tokens = bank.tokens[:0]  # of an earlier fit, in other neurons
         with full_precision(self.text_embeddings.device):
@@ -496,12 +496,12 @@ class LAKEModel(nn.Module):
                             shown, inside = shown_patches(grid, angle, scale, pixel_aspect)
                             windows = kept[inside[kept]]
                             copies.append((copy[windows.to(copy.device)], shown[windows].to(copy.device)))
-        return [[_joined(copies) for copies in by_scale] for by_scale in found]
+        return [[_of_all_angles(copies) for copies in by_scale] for by_scale in found]
 
     @torch.no_grad()
     def _add_rotated(self) -> None:
-        """Take rotated copies into the banks, but for those of the images that are shown."""
-        for number in [number for number in self._unrotated if number not in self._shown]:
+        """Take rotated copies into the banks, but for those of the reference images."""
+        for number in [number for number in self._unrotated if number not in self._references]:
             copies = self.rotated(*self._unrotated.pop(number))
             for banks, by_scale in zip(self.banks, copies, strict=True):
                 for bank, (tokens, patches) in zip(banks, by_scale, strict=True):
@@ -532,15 +532,15 @@ class LAKEModel(nn.Module):
         # Validation hooks, where Lightning may call this, run in inference mode; its tensors could not be loaded over.
         device = self.text_embeddings.device
         with torch.inference_mode(mode=False), torch.no_grad():
-            if not self._shown:
+            if not self._references:
                 self._choose_neurons()
             copies: list[list[list[Copies]]] = []
             if self.num_rotations > 1:
-                if not self._unrotated.keys() >= set(self._shown):
+                if not self._unrotated.keys() >= set(self._references):
                     msg = f"num_rotations={self.num_rotations} needs images: tokens that are stored cannot be rotated."
                     raise ValueError(msg)
                 self._add_rotated()
-                copies = [self.rotated(*self._unrotated.pop(number)) for number in self._shown]
+                copies = [self.rotated(*self._unrotated.pop(number)) for number in self._references]
         with torch.inference_mode(mode=False), torch.no_grad(), full_precision(device):
             if self.text_weight > 0:
                 ensembles = prompts(class_name, self.normal_prompts, self.anomalous_prompts)
@@ -549,11 +549,11 @@ class LAKEModel(nn.Module):
                 self.text_embeddings = embed_prompts(tower, *ensembles).to(device)
                 self._checkpoint = None
             for layer, (neurons, banks) in enumerate(zip(self.neurons, self.banks, strict=True)):
-                shown = self._projected[layer][self._shown]
+                projected = self._projected[layer][self._references]
                 for window, (scale, bank) in enumerate(zip(self.scales, banks, strict=True)):
-                    averaged = neurons.normalize(average_neighbors(shown, self._grid, scale))
-                    of_shown = [of_image[layer][window] for of_image in copies] or None
-                    bank.fit(averaged, self._grid, stride_of(scale), self._shown, of_shown)
+                    averaged = neurons.normalize(average_neighbors(projected, self._grid, scale))
+                    of_window = [of_image[layer][window] for of_image in copies] or None
+                    bank.fit(averaged, self._grid, stride_of(scale), self._references, of_window)
                     if self.own_weight > 0:
                         own_image = self.own_images[layer][window]
                         own_image.fit(averaged, self._grid, stride_of(scale), least=bank.distance_scale)
@@ -579,7 +579,7 @@ def joined(predictions: Sequence[InferenceBatch]) -> InferenceBatch:
     return InferenceBatch(pred_score=torch.cat(scores), anomaly_map=torch.cat(maps))
 
 
-def _joined(copies: list[Copies]) -> Copies:
+def _of_all_angles(copies: list[Copies]) -> Copies:
     """Those of all angles in one."""
     tokens, patches = zip(*copies, strict=True)
     return torch.cat(tokens), torch.cat(patches)
