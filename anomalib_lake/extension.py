@@ -13,7 +13,7 @@ from anomalib_spg.components.precision import full_precision
 from anomalib_spg.explanations.examples import EXAMPLES, Examples, digest
 
 from .bank import NormalityBank, average_neighbors, k_center_greedy, stride_of
-from .torch_model import LAKEModel, joined
+from .torch_model import LAKEModel, check_finite, joined
 
 MOST = 24  # new images that are compared with all the others; until then their tokens are kept
 
@@ -66,12 +66,19 @@ class Extension:
 
         Args:
             images (torch.Tensor): Normalised good images ``(B, 3, H, W)``, of the size of those before.
+
+        Raises:
+            ValueError: If they have another size than those before, or tokens are not finite.
         """
         numbers = torch.arange(self.next, self.next + len(images), device=images.device)
         model = self.model
         # Validation hooks, where Lightning may call this, run in inference mode; its tensors could not be loaded over.
         with torch.inference_mode(mode=False):
             tokens, grid = model.tokens(images)
+            if self._kept and grid != self._grid:
+                msg = f"Normal images must have one size: after {self._grid} patches came {grid}."
+                raise ValueError(msg)
+            check_finite(tokens, self.next)
             with full_precision(images.device):
                 for layer, neurons, banks in zip(model.layers, model.neurons, model.banks, strict=True):
                     projected = neurons.project(tokens[layer])

@@ -281,6 +281,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         if self.extend is None:
             return
         checkpoint = read_fitted(self.extend)
+        _add_former_defaults(checkpoint)
         check_identity(checkpoint, {"num_rotations": self.model.num_rotations})
         checkpoint.pop("anomalib_components_enabled", None)  # which components there are is this run's affair
         self.on_load_checkpoint(checkpoint)
@@ -317,7 +318,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             learn(images)
         else:  # images of one batch may have been of several shapes
             for image, path in zip(images, batch.image_path or [""] * len(images), strict=True):
-                self.model.pixel_aspect = self._pixel_aspect(path, image)
+                self.model.pixel_aspect = self._pixel_aspect(path)
                 learn(image[None])
         if self._extension is not None:
             self._taken += batch.image_path or []
@@ -325,15 +326,16 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             self.examples.add(images, self.model.backbone.mean, self.model.backbone.std, start)
         return self.no_loss()
 
-    def _pixel_aspect(self, path: str, image: torch.Tensor) -> float:
-        """Width over height of what a pixel of an image ``(3, H, W)`` shows, if it was resized to a given shape."""
+    def _pixel_aspect(self, path: str) -> float:
+        """Width over height of what a pixel shows of an image that is resized to a given shape."""
         transform = getattr(self.pre_processor, "transform", None)
         steps = getattr(transform, "transforms", [transform])
-        if not path or not any(isinstance(step, Resize) and len(step.size) == 2 for step in steps):
+        sizes = [step.size for step in steps if isinstance(step, Resize) and len(step.size) == 2]
+        if not path or not sizes:
             return 1.0
         with Image.open(path) as file:
             width, height = file.size
-        return width / height * image.shape[-2] / image.shape[-1]
+        return width / height * sizes[0][0] / sizes[0][1]  # a crop that follows squeezes nothing
 
     def fit(self) -> None:
         """Choose the sensitive neurons and fill the banks from the stored tokens, or take new ones into the banks."""
@@ -343,11 +345,12 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         name = self.class_name or getattr(getattr(self.trainer, "datamodule", None), "category", None) or "object"
         with self.trainer.precision_plugin.forward_context():  # rotated copies pass the backbone as the images have
             left_out = self.model.fit(str(name))
-        if isinstance(self.post_processor, GoodPartsPostProcessor):
-            # Each normal image against the others. Their maps count only where there are no other good images.
-            maps = left_out.anomaly_map if self.held_out is None or not len(self.held_out) else None
-            if left_out.pred_score is not None:
-                self.post_processor.add_good(left_out.pred_score, maps, learned_from=True)
+        scores = left_out.pred_score
+        if isinstance(self.post_processor, GoodPartsPostProcessor) and scores is not None:
+            # Each normal image against the others. Their maps count only where fewer other good images are left over.
+            has_others = self.held_out is not None and len(self.held_out) >= len(scores)
+            maps = None if has_others else left_out.anomaly_map
+            self.post_processor.add_good(scores, maps, learned_from=True)
         self.add_good(self.held_out)
         self.place_thresholds()
         banks = self.model.banks[0]
@@ -376,7 +379,8 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         if isinstance(post_processor, GoodPartsPostProcessor) and scores is not None:
             paths, at_hand = self._taken[: len(scores)], _paths(self.held_out)
             known = list(zip(self.held_out_images, before["scores"]["held_out"], strict=False))
-            kept = [(path, score) for path, score in known if not _Known([path]).has_any([*paths, *at_hand])]
+            new = [*self._taken, *at_hand]
+            kept = [(path, score) for path, score in known if not _Known([path]).has_any(new)]
             if known and not kept:
                 before["pixels"]["held_out"] = [0] * len(before["pixels"]["held_out"])
             if len(known) == len(before["scores"]["held_out"]):
@@ -443,6 +447,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         named = "own_weight" in checkpoint.get("hyper_parameters", {})
         if not named and not any(".own_images." in name for name in checkpoint.get("state_dict", {})):
             self.model.compare_with_bank_only()  # an older one: bank and maximum only
+        _add_former_defaults(checkpoint)
         super().on_load_checkpoint(checkpoint)
         self.normal_images = checkpoint.get("normal_images", [])
         self.held_out_images = checkpoint.get("held_out_images", [])
@@ -472,6 +477,13 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             dict[str, Any]: One epoch on one device, because the normal images are passed once.
         """
         return {"gradient_clip_val": 0, "max_epochs": 1, "num_sanity_val_steps": 0, "devices": 1}
+
+
+def _add_former_defaults(checkpoint: dict[str, Any]) -> None:
+    """Name what a checkpoint of a release that had no such arguments was fitted with."""
+    hyperparameters = checkpoint.setdefault("hyper_parameters", {})
+    hyperparameters.setdefault("num_neighbors", 1)
+    hyperparameters.setdefault("num_rotations", 1)
 
 
 def _paths(dataset: AnomalibDataset | None) -> list[str]:

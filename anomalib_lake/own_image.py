@@ -14,16 +14,15 @@ class OwnImage(nn.Module):
     """Distance of patches to the nearest one outside their surroundings in the same image.
 
     Needs no bank, so it helps most where few normal images leave much of what is normal unseen. Distances are divided
-    by the 99 % quantile of those of the normal images, as the bank's are.
+    by the 99 % quantile of those of the normal images, as the bank's are, but by no less than the bank's.
 
     Attributes:
-        distance_scale (torch.Tensor): That quantile, a scalar.
+        distance_scale (torch.Tensor): What they are divided by, a scalar.
 
     Example:
         >>> own = OwnImage()
         >>> normal = torch.tensor([[[0.0], [3.0], [1.0], [3.0]]])
         >>> own.fit(normal, grid=(1, 4))
-        tensor([[1., 0., 1., 0.]])
         >>> own(torch.tensor([[[0.0], [3.0], [9.0], [3.0]]]), grid=(1, 4)).round(decimals=2)
         tensor([[3., 0., 6., 0.]])
     """
@@ -39,7 +38,7 @@ class OwnImage(nn.Module):
         grid: tuple[int, int],
         stride: int = 1,
         least: torch.Tensor | float = 1e-6,
-    ) -> torch.Tensor:
+    ) -> None:
         """Measure the normal images' own distances.
 
         Args:
@@ -47,14 +46,8 @@ class OwnImage(nn.Module):
             grid (tuple[int, int]): Rows and columns of patches, ``N = rows * columns``.
             stride (int): Compare with the tokens of every ``stride``-th row and column.
             least (torch.Tensor | float): Smallest scale; where images repeat themselves exactly it would vanish.
-
-        Returns:
-            torch.Tensor: Deviation of each patch ``(I, N)``.
         """
-        self.distance_scale = torch.ones_like(self.distance_scale)
-        distances = self(tokens, grid, stride)
-        self.distance_scale = distances.quantile(QUANTILE).clamp(min=least)
-        return distances / self.distance_scale
+        self.distance_scale = own_distances(tokens, grid, stride).quantile(QUANTILE).clamp(min=least)
 
     def forward(self, tokens: torch.Tensor, grid: tuple[int, int], stride: int = 1) -> torch.Tensor:
         """Compute how far patches are from the rest of their image.

@@ -30,7 +30,11 @@ def rotate(image: torch.Tensor, angle: float, pixel_aspect: float = 1.0) -> torc
 
 
 def shown_patches(
-    grid: tuple[int, int], angle: float, scale: int = 1, pixel_aspect: float = 1.0
+    grid: tuple[int, int],
+    angle: float,
+    scale: int = 1,
+    pixel_aspect: float = 1.0,
+    extent: tuple[float, float] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which patches of an image the windows of its rotated copy show.
 
@@ -39,6 +43,8 @@ def shown_patches(
         angle (float): Degrees, counter-clockwise.
         scale (int): Side of the windows in patches, odd; cut at the copy's edge.
         pixel_aspect (float): As of :func:`rotate`.
+        extent (tuple[float, float] | None): Rows and columns of patches that the image takes, where padding at its
+            bottom and right fills up the last ones. ``None`` is all of them.
 
     Returns:
         tuple[torch.Tensor, torch.Tensor]: By window of the copy, the number of the patch at its middle ``(N,)``, and
@@ -52,12 +58,14 @@ def shown_patches(
         [False, True, False, True, True, True, False, True, False]
     """
     rows, columns = grid
-    theta = _theta(angle, columns * pixel_aspect / rows)
+    height, width = extent or grid
+    theta = _theta(angle, width * pixel_aspect / height)
     middles = F.affine_grid(torch.eye(2, 3)[None], [1, 1, rows, columns], align_corners=False)[0].flatten(0, 1)
-    half = scale / torch.tensor([columns, rows])
+    middles = (middles + 1) * torch.tensor([columns / width, rows / height]) - 1
+    half = scale / torch.tensor([width, height])
     corners = torch.tensor([[-1, -1], [-1, 1], [1, -1], [1, 1]]) * half + middles[:, None]
     inside = ((corners.clamp(-1, 1) @ theta[:, :2].T).abs() <= 1 + 1e-4).flatten(1).all(dim=1)
-    places = ((middles @ theta[:, :2].T + 1) / 2 * torch.tensor([columns, rows])).floor().long()
+    places = ((middles @ theta[:, :2].T + 1) / 2 * torch.tensor([width, height])).floor().long()
     x, y = (places[:, axis].clamp(0, count - 1) for axis, count in enumerate((columns, rows)))
     return y * columns + x, inside
 

@@ -7,6 +7,7 @@ resolution and smoothing open; the choices made here are arguments, marked "ours
 this file.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -424,11 +425,15 @@ class LAKEModel(nn.Module):
             image_size (tuple[int, int]): Height and width of the images.
 
         Raises:
-            ValueError: If they have another size than those before, or those before do not vary.
+            ValueError: If they have another size than those before, tokens are not finite, or those before do not vary.
         """
         if self.num_stored and grid != self._grid:
             msg = f"Normal images must have one size: after {self._grid} patches came {grid}."
             raise ValueError(msg)
+        check_finite(tokens, self.num_stored)
+        if not self.num_stored:  # a bank of an earlier fit, in other neurons
+            for bank in self._all_banks():
+                bank.tokens = bank.tokens[:0]
         self._grid, self._size = grid, image_size
         start, room = self.num_stored, max(SAMPLE - self.num_stored, 0)
         self.num_stored += len(tokens[self.layers[0]])
@@ -451,8 +456,6 @@ class LAKEModel(nn.Module):
         images = sum(map(len, self._stored[0]))
         self._references = reference_images(images)
         others = [number for number in range(images) if number not in self._references]
-        for bank in self._all_banks():
-            bank.tokens = bank.tokens[:0]  # of an earlier fit, in other neurons
         with full_precision(self.text_embeddings.device):
             for number, neurons in enumerate(self.neurons):
                 tokens = torch.cat(self._stored[number])
@@ -483,6 +486,7 @@ class LAKEModel(nn.Module):
         """
         angles = [360 * number / self.num_rotations for number in range(1, self.num_rotations)]
         found: list[list[list[Copies]]] = [[[] for _ in self.scales] for _ in self.layers]
+        extent = (image.shape[-2] / self.backbone.patch_size, image.shape[-1] / self.backbone.patch_size)
         batches = [angles[start : start + BATCH] for start in range(0, len(angles), BATCH)]
         for batch in tqdm(batches, "rotated copies of a normal image", unit="batch", delay=3, leave=False):
             tokens, grid = self.tokens(torch.stack([rotate(image, angle, pixel_aspect) for angle in batch]))
@@ -493,7 +497,7 @@ class LAKEModel(nn.Module):
                         averaged = neurons.normalize(average_neighbors(projected, grid, scale))
                         kept = kept_patches(grid, stride_of(scale))
                         for angle, copy in zip(batch, averaged, strict=True):
-                            shown, inside = shown_patches(grid, angle, scale, pixel_aspect)
+                            shown, inside = shown_patches(grid, angle, scale, pixel_aspect, extent)
                             windows = kept[inside[kept]]
                             copies.append((copy[windows.to(copy.device)], shown[windows].to(copy.device)))
         return [[_of_all_angles(copies) for copies in by_scale] for by_scale in found]
@@ -511,7 +515,20 @@ class LAKEModel(nn.Module):
         """Read the OpenCLIP checkpoint once: give its vision part to the backbone, and return the rest."""
         state, source = read_checkpoint(self.backbone.name, self.backbone.weights)
         self.backbone.load_state(state, source)
-        return {key: value for key, value in state.items() if not key.startswith("visual.")}
+        return _text_side(state)
+
+    def _load_text_side(self) -> dict[str, torch.Tensor]:
+        """Read the text side of a backbone that has its weights, which must be of the same checkpoint."""
+        state, source = read_checkpoint(self.backbone.name, self.backbone.weights)
+        other = copy.deepcopy(self.backbone)
+        other.load_state(state, source)
+        if other.fingerprint() != self.backbone.fingerprint():
+            msg = (
+                f"The backbone's weights are not those of '{source}', so its text says nothing of them. Give the file "
+                "that the model was first fitted with as weights=<file>."
+            )
+            raise ValueError(msg)
+        return _text_side(state)
 
     def fit(self, class_name: str = "object") -> InferenceBatch:
         """Choose the sensitive neurons and fill the banks from the stored tokens, embed the prompts, forget the tokens.
@@ -524,8 +541,14 @@ class LAKEModel(nn.Module):
             the bank holds of the others: an estimate of what a new good image gets.
 
         Raises:
-            ValueError: If nothing was stored, or the normal images do not vary.
+            ValueError: If nothing was stored, or the normal images do not vary. What was stored is forgotten then, too.
         """
+        try:
+            return self._fit(class_name)
+        finally:
+            self.forget()
+
+    def _fit(self, class_name: str) -> InferenceBatch:
         if not self.num_stored:
             msg = "LAKE has no normal images to learn from. Is the training set empty?"
             raise ValueError(msg)
@@ -544,7 +567,7 @@ class LAKEModel(nn.Module):
         with torch.inference_mode(mode=False), torch.no_grad(), full_precision(device):
             if self.text_weight > 0:
                 ensembles = prompts(class_name, self.normal_prompts, self.anomalous_prompts)
-                checkpoint = self._checkpoint or self._load_checkpoint()
+                checkpoint = self._checkpoint or self._load_text_side()
                 tower = text_tower(checkpoint, quick_gelu="quickgelu" in self.backbone.name)
                 self.text_embeddings = embed_prompts(tower, *ensembles).to(device)
                 self._checkpoint = None
@@ -557,9 +580,7 @@ class LAKEModel(nn.Module):
                     if self.own_weight > 0:
                         own_image = self.own_images[layer][window]
                         own_image.fit(averaged, self._grid, stride_of(scale), least=bank.distance_scale)
-            result = self._left_out()
-            self.forget()
-            return result
+            return self._left_out()
 
     def _left_out(self) -> InferenceBatch:
         """Predictions of the first normal images, each compared with the others."""
@@ -577,6 +598,33 @@ def joined(predictions: Sequence[InferenceBatch]) -> InferenceBatch:
     """Scores and maps of several batches in one."""
     scores, maps = ([getattr(batch, name) for batch in predictions] for name in ("pred_score", "anomaly_map"))
     return InferenceBatch(pred_score=torch.cat(scores), anomaly_map=torch.cat(maps))
+
+
+def check_finite(tokens: dict[int, torch.Tensor], first: int) -> None:
+    """Refuse the tokens of normal images that are not finite.
+
+    Args:
+        tokens (dict[int, torch.Tensor]): Raw tokens ``(B, N, D)`` by block.
+        first (int): Number of the first image.
+
+    Raises:
+        ValueError: If a token is not finite; the message gives the numbers of the images.
+
+    Example:
+        >>> check_finite({3: torch.zeros(2, 4, 8)}, first=0)
+    """
+    finite = torch.stack([of_layer.isfinite().flatten(1).all(dim=1) for of_layer in tokens.values()]).all(dim=0)
+    if not finite.all():
+        numbers = ", ".join(str(first + index + 1) for index in (~finite).nonzero().flatten().tolist())
+        msg = (
+            f"The tokens of normal images (number {numbers}) are not finite numbers. Check the images and the "
+            "backbone's weights, or fit in single precision (--trainer.precision 32)."
+        )
+        raise ValueError(msg)
+
+
+def _text_side(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in state.items() if not key.startswith("visual.")}
 
 
 def _of_all_angles(copies: list[Copies]) -> Copies:

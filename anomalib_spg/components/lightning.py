@@ -26,6 +26,7 @@ from .decisions import DecisionTable
 from .evaluator import default_evaluator
 from .export import ExactExports
 from .held_out import batches
+from .normal_images import image_labels
 from .pictures import LogPictures
 from .post_processor import GoodPartsPostProcessor
 from .pre_processor import default_pre_processor
@@ -230,6 +231,7 @@ class FrozenBackboneMixin(ExactExports):
         training = self.model.training
         self.model.eval()
         batch_size = min(8, datamodule.eval_batch_size)  # so that the progress bar moves
+        paths = [path for path, _ in image_labels(dataset)]
         for images in batches(dataset, transform, batch_size, datamodule.num_workers, self.device):
             with self.trainer.precision_plugin.forward_context():
                 result = self.model(images)
@@ -238,7 +240,8 @@ class FrozenBackboneMixin(ExactExports):
                 scores, maps = (torch.sigmoid(logit(x) + correction) for x in (scores, maps))
             # Pixels of images that are learned from count only where there are no others.
             has_others = learned_from and self.held_out is not None and len(self.held_out) > 0
-            post_processor.add_good(scores, None if has_others else maps, learned_from)
+            post_processor.add_good(scores, None if has_others else maps, learned_from, paths)
+            paths = paths[len(images) :]
         self.model.train(training)
 
     def place_thresholds(self) -> None:

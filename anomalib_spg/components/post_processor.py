@@ -4,6 +4,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .threshold import WEAK_PRIOR, GoodPartThreshold, Prior, best_with_bad, good
 
 logger = logging.getLogger(__name__)
 
+RATES = ("false_alarm_rate", "pixel_false_alarm_rate")
 FALSE_ALARM_RATE = 0.08  # measured: half as many misses as with 0.02, and 30 good images are enough to guarantee it
 PIXEL_FALSE_ALARM_RATE = 0.001
 # Pixels of good parts are counted in bins of their logits: one per 0.01, of -40 to 20.
@@ -57,7 +59,8 @@ class GoodPartsPostProcessor(PostProcessor):
         threshold (GoodPartThreshold | None): The threshold good parts alone would give, and the rate to expect.
 
     Raises:
-        ValueError: If a rate is out of range.
+        ValueError: If a rate is out of range, or ``enable_normalization`` is false: anomalib would then compare raw
+            scores with 0.5, wherever the threshold lies.
 
     Example:
         >>> post_processor = GoodPartsPostProcessor(false_alarm_rate=0.1)
@@ -77,8 +80,15 @@ class GoodPartsPostProcessor(PostProcessor):
     ) -> None:
         super().__init__(**kwargs)
         _check_rates(false_alarm_rate, pixel_false_alarm_rate)
+        if not self.enable_normalization:
+            msg = (
+                "enable_normalization=False would compare raw scores with 0.5, wherever the threshold lies. Leave it "
+                "out: shown scores keep the order of raw ones, which the torch model returns."
+            )
+            raise ValueError(msg)
         self.false_alarm_rate = false_alarm_rate
         self.pixel_false_alarm_rate = pixel_false_alarm_rate
+        self._is_rate_named = false_alarm_rate is not None or pixel_false_alarm_rate is not None
         self.prior = Prior(*prior)
         self.threshold: GoodPartThreshold | None = None
         self._forget()
@@ -95,7 +105,13 @@ class GoodPartsPostProcessor(PostProcessor):
         """Bring raw scores of any shape into [0, 1], strictly rising; here they lie there already."""
         return scores
 
-    def add_good(self, scores: torch.Tensor, maps: torch.Tensor | None = None, learned_from: bool = False) -> None:
+    def add_good(
+        self,
+        scores: torch.Tensor,
+        maps: torch.Tensor | None = None,
+        learned_from: bool = False,
+        paths: Sequence[str] | None = None,
+    ) -> None:
         """Take note of good parts.
 
         Args:
@@ -103,12 +119,24 @@ class GoodPartsPostProcessor(PostProcessor):
             maps (torch.Tensor | None): Raw anomaly maps ``(B, 1, H, W)``.
             learned_from (bool): Whether the model has learned from these images, so that their scores are estimates of
                 what a new image would get. They count only where a tail is fitted.
+            paths (Sequence[str] | None): Files of the images, for the message.
+
+        Raises:
+            ValueError: If a score is not a finite number.
         """
-        self._scores["learned" if learned_from else "held_out"] += self._logits(scores)
+        self._scores["learned" if learned_from else "held_out"] += self._logits(scores, paths)
         if maps is not None:
             self._pixels["held_out"] += self._histogram(maps)
 
-    def _logits(self, scores: torch.Tensor) -> list[float]:
+    def _logits(self, scores: torch.Tensor, paths: Sequence[str] | None = None) -> list[float]:
+        broken = (~scores.detach().flatten().isfinite()).nonzero().flatten().tolist()
+        if broken:
+            names = ", ".join(str(paths[index]) for index in broken[:5]) if paths else "their files are not known here"
+            msg = (
+                f"{len(broken)} of {scores.numel()} images that should set the threshold have a score that is not a "
+                f"finite number: {names}. Leave them out, or check the model's weights."
+            )
+            raise ValueError(msg)
         return logit(self.to_unit(scores.detach())).flatten().tolist()
 
     def _histogram(self, maps: torch.Tensor) -> torch.Tensor:
@@ -144,9 +172,9 @@ class GoodPartsPostProcessor(PostProcessor):
         bad = outputs.gt_label.detach().bool().flatten().to(outputs.pred_score.device)
         scores = outputs.pred_score.detach().flatten()
         new = self._first_time(loader, len(scores)).to(bad.device)
-        self._scores["good"] += self._logits(scores[~bad & new])
-        if not drawn:
-            self._scores["bad"] += self._logits(scores[bad & new])
+        for kind, chosen in (("good", ~bad & new), ("bad", bad & new & (not drawn))):
+            paths = [path for path, is_chosen in zip(outputs.image_path or [], chosen, strict=False) if is_chosen]
+            self._scores[kind] += self._logits(scores[chosen], paths)
         if outputs.anomaly_map is not None:
             self._pixels["good"] += self._histogram(outputs.anomaly_map[~bad & new])
 
@@ -240,15 +268,15 @@ class GoodPartsPostProcessor(PostProcessor):
         named = self.false_alarm_rate or FALSE_ALARM_RATE
         own, placed = float(torch.sigmoid(torch.tensor(known.logit))), float(logit(self.image_threshold))
         expected = f"about {known.rate:.1%} of good parts ({low:.1%} to {high:.1%} with 90 % probability)"
-        shown = " (shown as 0.5)" if self.enable_normalization else ""
         if abs(placed - known.logit) < 1e-3:
             learned = 0 if known.is_conformal else len(self._scores["learned"])
             of_them = f" ({learned} of them learned from)" if learned else ""
-            words = f"Threshold {own:.3f}{shown} from {known.images} good images{of_them}. It will reject {expected}."
+            images = f"{known.images} good images{of_them}"
+            words = f"Threshold {own:.3f} (shown as 0.5) from {images}. It will reject {expected}."
         else:
             good = [*self._scores["held_out"], *self._scores["good"]]
             words = (
-                f"Threshold {float(self.image_threshold):.3f}{shown}, moved by bad images: "
+                f"Threshold {float(self.image_threshold):.3f} (shown as 0.5), moved by bad images: "
                 f"{sum(x > placed for x in good)} of {len(good)} held-out good images lie above it. Good images "
                 f"alone would place it at {own:.3f}, to reject {expected}."
             )
@@ -266,11 +294,15 @@ class GoodPartsPostProcessor(PostProcessor):
     def checkpoint_config(self) -> dict[str, Any]:
         """Plain data for a checkpoint: anomalib's, and the scores the thresholds come from."""
         pixels = {name: counts.tolist() for name, counts in self._pixels.items()}
-        return {**super().checkpoint_config(), "scores": self._scores, "pixels": pixels}
+        rates = {name: getattr(self, name) for name in RATES}
+        return {**super().checkpoint_config(), "scores": self._scores, "pixels": pixels, "rates": rates}
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
         """Restore what :meth:`checkpoint_config` gave."""
         super().load_checkpoint_config(config)
+        self._is_rate_named = any(getattr(self, name) is not None for name in RATES)
+        for name, rate in config.get("rates", {}).items():  # a rate that is not named now stays
+            setattr(self, name, rate if getattr(self, name) is None else getattr(self, name))
         self._scores |= config.get("scores", {})
         self._pixels |= {name: torch.tensor(counts) for name, counts in config.get("pixels", {}).items()}
 
@@ -317,7 +349,7 @@ class GoodPartsPostProcessor(PostProcessor):
         if preds is None:
             return preds
         unit = logit(threshold) - logit(norm_min)
-        x = (logit(cls.to_unit(preds)).to(unit.dtype) - logit(threshold)) / unit
+        x = ((logit(cls.to_unit(preds)) - logit(threshold)) / unit).float()
         shown = 0.5 + 1.5 * x / (2 + 3 * x.abs())
         return torch.where(torch.isnan(threshold) | torch.isnan(norm_min), preds.to(shown.dtype), shown)
 
@@ -346,6 +378,12 @@ def _of_rejected(masks: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def _place_anew(post_processor: GoodPartsPostProcessor, incompatible: Any) -> None:  # noqa: ANN401
     """After a checkpoint is loaded: another rate that was named moves its thresholds."""
     del incompatible
-    named = post_processor.false_alarm_rate is not None or post_processor.pixel_false_alarm_rate is not None
-    if named and any(post_processor._scores.values()):  # noqa: SLF001
+    if not post_processor._is_rate_named:  # noqa: SLF001
+        return
+    if any(post_processor._scores.values()):  # noqa: SLF001
         post_processor.place_thresholds()
+    elif not post_processor.image_threshold.isnan():
+        logger.warning(
+            "The checkpoint holds no scores of good parts, so its thresholds stay as they are: a rate that is named "
+            "now changes nothing. Train anew with it."
+        )

@@ -2,6 +2,8 @@
 
 """Thresholds from good parts for any model of anomalib, whatever the range of its scores."""
 
+from typing import Any
+
 import torch
 from anomalib.data import Batch
 
@@ -24,6 +26,10 @@ class RawScorePostProcessor(GoodPartsPostProcessor):
 
         On the command line: ``--model.post_processor anomalib_spg.RawScorePostProcessor``.
     """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.double()  # in single precision all of (0, 1) that scores of a million take is one number
 
     @staticmethod
     def to_unit(scores: torch.Tensor) -> torch.Tensor:

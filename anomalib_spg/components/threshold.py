@@ -95,7 +95,8 @@ def good_part_threshold(
     values = np.sort(np.asarray(held_out, dtype=float))
     known = np.concatenate([values, np.asarray(others, dtype=float)])
     if not len(known) or not np.isfinite(known).all():
-        msg = f"A threshold needs finite scores of good parts; got {len(known)}."
+        broken = int((~np.isfinite(known)).sum())
+        msg = f"A threshold needs finite scores of good parts; got {len(known)}, {broken} of them not finite."
         raise ValueError(msg)
     count = len(values)
     above = math.floor((count + 1) * rate + 1e-9)  # of the count + 1 ranks a new part may take
@@ -160,11 +161,11 @@ def logit(scores: torch.Tensor) -> torch.Tensor:
         scores (torch.Tensor): Scores of any shape.
 
     Returns:
-        torch.Tensor: Logits of that shape, in single precision at least; about -69 for 0 and 17 for 1.
+        torch.Tensor: Logits of that shape, in single precision at least; about -69 for 0 and 17 for 1, 37 in double.
 
     Example:
         >>> logit(torch.tensor([0.5, 0.9])).tolist()
         [0.0, 2.1972...]
     """
     scores = scores.float() if scores.dtype in {torch.float16, torch.bfloat16} else scores
-    return scores.clamp(min=1e-30).log() - torch.log1p(-scores.clamp(max=1 - 2**-24))
+    return scores.clamp(min=1e-30).log() - torch.log1p(-scores.clamp(max=1 - torch.finfo(scores.dtype).eps / 2))

@@ -293,7 +293,7 @@ class Experiment:
             post_processor = RawScorePostProcessor(false_alarm_rate=rate)
             if method in {lake, lake_3, lake_10}:
                 post_processor, own = LAKE.configure_post_processor(rate), predictions["own"]
-                maps = own.anomaly_map if good <= shots else None
+                maps = own.anomaly_map if len(own.pred_score) > good - shots else None
                 post_processor.add_good(own.pred_score, maps, learned_from=True)
             if good > shots:
                 post_processor.add_good(left_over.pred_score, left_over.anomaly_map)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from anomalib_lake import LAKE, ExplanationVisualizer, LAKEModel
+from anomalib_lake import LAKE, ExplanationVisualizer, LAKEModel, extension
 from anomalib_lake.extension import Extension
 from anomalib_spg.explanations.examples import Examples
 from tests.helpers import TINY, data, engine
@@ -222,3 +222,35 @@ def test_nothing_further_to_take_in(fitted: Path, mvtec: Path, tmp_path: Path) -
     model = build(extend=run.best_model_path, k_shot="auto")
     with pytest.raises(ValueError, match=r"holds every normal image of the training set already.* few_shot_source"):
         engine(tmp_path).fit(model=model, datamodule=data(mvtec))
+
+
+def test_images_the_bank_takes_in_set_no_threshold_as_they_were(
+    fitted: Path, mvtec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their old scores are of a bank that did not know them; only the first few have new ones."""
+    monkeypatch.setattr(extension, "MOST", 1)
+    model = build(extend=fitted, k_shot=2)
+    engine(tmp_path, limit_val_batches=0).fit(model=model, datamodule=data(mvtec))
+    assert len(model.post_processor._scores["held_out"]) == len(model.held_out_images) == 1
+    assert int(model.post_processor._pixels["held_out"].sum()) == 64 * 64
+
+
+def test_a_named_rate_stays(mvtec: Path, tmp_path: Path) -> None:
+    """An extension places the threshold by the rate that the model was fitted with."""
+    run = engine(tmp_path / "first", limit_val_batches=0)
+    run.fit(model=build(false_alarm_rate=0.3), datamodule=data(mvtec))
+    model = build(extend=run.best_model_path, k_shot=1)
+    engine(tmp_path / "second", limit_val_batches=0).fit(model=model, datamodule=data(mvtec))
+    assert model.post_processor.threshold.rate == pytest.approx(0.3)
+    restored = LAKE.load_from_checkpoint(run.best_model_path, false_alarm_rate=None)
+    assert restored.post_processor.false_alarm_rate == pytest.approx(0.3)
+
+
+def test_images_of_another_size_or_not_finite() -> None:
+    """They cannot be told from others of the bank by where they are, or at all."""
+    further = Extension(torch_model(torch.randn(2, 3, 64, 64)))
+    further.add(torch.randn(1, 3, 64, 64))
+    with pytest.raises(ValueError, match=r"must have one size: after \(4, 4\) patches came \(4, 6\)"):
+        further.add(torch.randn(1, 3, 64, 96))
+    with pytest.raises(ValueError, match=r"number 4\) are not finite"):
+        further.add(torch.full((1, 3, 64, 64), float("nan")))

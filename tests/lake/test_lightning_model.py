@@ -209,6 +209,9 @@ def test_checkpoint_of_before_the_own_image(tmp_path: Path) -> None:
         del checkpoint["hyper_parameters"][name]
     torch.save(checkpoint, tmp_path / "old.ckpt")
     restored = LAKE.load_from_checkpoint(tmp_path / "old.ckpt")
+    del checkpoint["hyper_parameters"]["num_neighbors"]  # older still
+    with pytest.raises(ValueError, match="num_neighbors=1, this model has num_neighbors=5"):
+        LAKE(**arguments, num_neighbors=5).on_load_checkpoint(checkpoint)
     images = torch.randn(3, 3, 64, 64)
     torch.testing.assert_close(restored.model.eval()(images), model.model.eval()(images))
 
@@ -272,21 +275,27 @@ def test_normal_images_from_a_folder(mvtec: Path, tmp_path: Path) -> None:
     assert model.model.banks[0][0].tokens.shape[0] == 3 * 16
 
 
-@pytest.mark.parametrize("squeezed", [True, False])
-def test_rotations_know_the_shape_of_the_files(squeezed: bool, mvtec: Path, tmp_path: Path) -> None:
-    """Images resized to a square are rotated as the part is; those whose middle is cut out are not squeezed."""
+@pytest.mark.parametrize(
+    ("steps", "aspects"),
+    [
+        ([Resize((64, 64))], [2.0, 2 / 3]),
+        ([Resize(64), CenterCrop(64)], [1.0, 1.0]),
+        ([Resize((64, 128)), CenterCrop(64)], [1.0, 1 / 3]),
+    ],
+)
+def test_rotations_know_the_shape_of_the_files(steps: list, aspects: list[float], mvtec: Path, tmp_path: Path) -> None:
+    """Images resized to a square are rotated as the part is; cutting out their middle squeezes nothing."""
     source = tmp_path / "few"
     source.mkdir()
     sizes = [(100, 50), (60, 90)]
     for index, size in enumerate(sizes):
         Image.effect_noise(size, 60).convert("RGB").save(source / f"{index}.png")
-    steps = [Resize((64, 64))] if squeezed else [Resize(64), CenterCrop(64)]
     pre_processor = PreProcessor(Compose([*steps, Normalize([0.5] * 3, [0.5] * 3)]))
     model = build(few_shot_source=source, num_rotations=3, pre_processor=pre_processor)
     with patch.object(model.model, "rotated", wraps=model.model.rotated) as rotated:
         engine(tmp_path / "run").train(model=model, datamodule=data(mvtec))
     found = [call.args[1] for call in rotated.call_args_list]
-    assert found == pytest.approx([2.0, 2 / 3] if squeezed else [1.0, 1.0])
+    assert found == pytest.approx(aspects)
     assert len(model.model.banks[0][0].tokens) > 2 * 16
 
 
@@ -333,6 +342,8 @@ def test_all_good_parts_up_to_a_number_by_default(
     assert model.model.banks[0][0].image_indices.unique().tolist() == list(range(count))
     assert len(model.post_processor._scores["learned"]) == count
     assert len(model.post_processor._scores["held_out"]) == len(model.held_out_images) == 4 - count
+    # A single image that is left over does not decide about pixels alone.
+    assert int(model.post_processor._pixels["held_out"].sum()) == 4 * 64 * 64
 
 
 def test_unreadable_normal_image_is_named(tmp_path: Path) -> None:

@@ -164,3 +164,20 @@ def test_extension_takes_copies() -> None:
     assert before > 0.1
     assert model.structural_deviation(*model.tokens(turned)).amax() < 1e-3
     torch.testing.assert_close(left_out > 0.1, torch.tensor([True]))
+
+
+@pytest.mark.parametrize("angle", [90.0, 180.0, 60.0])
+def test_patches_of_an_image_with_padding(angle: float) -> None:
+    """By an image of the pixels' places, of no whole number of patches: it turns about its own middle."""
+    (height, width), side = (80, 92), 16
+    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    copy = rotate(torch.stack([y, x]), angle)
+    grid = (math.ceil(height / side), math.ceil(width / side))
+    shown, inside = shown_patches(grid, angle, extent=(height / side, width / side))
+    assert inside.any()
+    for patch in inside.nonzero().flatten().tolist():
+        row, column = patch // grid[1] * side, patch % grid[1] * side
+        seen = copy[:, row : row + side, column : column + side]
+        if seen.shape[1:] == (side, side):
+            place = (seen.mean(dim=(1, 2)) / side).floor().long()
+            assert int(place[0] * grid[1] + place[1]) == int(shown[patch])

@@ -296,12 +296,11 @@ def test_memory_does_not_grow(small_sample: int) -> None:
     assert unbounded.memory_need(4000) > 10 * unbounded.memory_need(40)
 
 
-def test_interrupted_among_many_images(small_sample: int) -> None:
-    """The neurons are new, the banks would be old: there are none, and it is said."""
+@pytest.mark.parametrize("images", [1, 11])
+def test_interrupted_fit(images: int) -> None:
+    """The names of the images are new, the banks would be old: there are none, and it is said."""
     model = fitted(torch.randn(2, 3, 64, 64), layers=[2]).train()
-    model(torch.randn(small_sample, 3, 64, 64))
-    assert model.is_fitted, "nothing is decided yet"
-    model(torch.randn(1, 3, 64, 64))
+    model(torch.randn(images, 3, 64, 64))
     with pytest.raises(RuntimeError, match="no normality bank yet"):
         model.eval()(torch.randn(1, 3, 64, 64))
 
@@ -357,3 +356,50 @@ def test_defaults() -> None:
     assert large.layers == [9, 15]
     assert large.semantic_layer == 23
     assert (large.backbone.name, large.text_weight) == ("vit_large_patch14_clip_quickgelu_336.openai", 0.3)
+
+
+@pytest.mark.parametrize("before", [0, 12])
+def test_tokens_that_are_not_finite(before: int, small_sample: int) -> None:
+    """An image that gives such is named, also where a full bank would have dropped it in silence."""
+    model = LAKEModel(TINY, layers=[2], pre_trained=False, num_neurons=20, bank_size=40).train()
+    assert before == 0 or before > small_sample
+    for image in torch.randn(before, 1, 3, 64, 64):
+        model(image)
+    images = torch.randn(3, 3, 64, 64)
+    images[1, 0, 5, 5] = float("nan")
+    with pytest.raises(ValueError, match=rf"number {before + 2}\) are not finite"):
+        model(images)
+
+
+def test_a_fit_that_failed_can_be_repeated() -> None:
+    """Images that do not vary leave nothing behind: others are learned from as if they were the first."""
+    images = torch.randn(3, 3, 64, 64)
+    model = LAKEModel(TINY, layers=[2], pre_trained=False, num_neurons=20).train()
+    model(torch.zeros(2, 3, 64, 64))
+    with pytest.raises(ValueError, match=r"(do not vary|copies of each other)"):
+        model.fit()
+    assert model.num_stored == 0
+    model(images)
+    model.fit()
+    other = LAKEModel(TINY, layers=[2], pre_trained=False, num_neurons=20)
+    other.backbone.load_state_dict(model.backbone.state_dict())
+    other.train()(images)
+    other.fit()
+    assert torch.equal(model.banks[0][0].tokens, other.banks[0][0].tokens)
+
+
+def test_text_of_other_weights(clip_file: Path) -> None:
+    """A second fit reads the text side alone, and refuses that of another checkpoint: the bank would be of neither."""
+    model = LAKEModel(TINY_CLIP, layers=[3], scales=[1], weights=clip_file, num_neurons=20).train()
+    for _ in range(2):
+        before = model.backbone.fingerprint()
+        model(torch.randn(2, 3, 64, 64))
+        model.fit()
+        assert model.backbone.fingerprint() == before
+    with torch.no_grad():
+        next(model.backbone.vit.parameters()).add_(1)
+    before = model.backbone.fingerprint()
+    model(torch.randn(2, 3, 64, 64))
+    with pytest.raises(ValueError, match="weights are not those of .*weights=<file>"):
+        model.fit()
+    assert model.backbone.fingerprint() == before

@@ -250,3 +250,69 @@ def test_without_validation_scores_are_raw() -> None:
     shown = GoodPartsPostProcessor()(InferenceBatch(pred_score=torch.tensor([0.2, 0.8]), anomaly_map=None))
     torch.testing.assert_close(shown.pred_score, torch.tensor([0.2, 0.8]))
     assert shown.pred_label.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("named", ["false_alarm_rate", "pixel_false_alarm_rate"])
+def test_a_rate_that_is_not_named_stays(named: str) -> None:
+    """That of the checkpoint goes on to hold when the other one is named, or nothing is, and for what comes later."""
+    scores, maps = torch.linspace(0.2, 0.5, 200), torch.rand(200, 1, 4, 4).sort(dim=0).values * 0.4
+    fitted = GoodPartsPostProcessor(false_alarm_rate=0.02, pixel_false_alarm_rate=0.05)
+    fitted.add_good(scores, maps)
+    fitted.place_thresholds()
+    found = {}
+    for name, arguments in {"none": {}, named: {named: 0.3}}.items():
+        loaded = GoodPartsPostProcessor(**arguments)
+        loaded.load_checkpoint_config(json.loads(json.dumps(fitted.checkpoint_config())))
+        loaded.load_state_dict(fitted.state_dict())
+        loaded.place_thresholds()
+        found[name] = {"image": float(loaded.image_threshold), "pixel": float(loaded.pixel_threshold)}
+    moved, kept = ("pixel", "image") if named.startswith("pixel") else ("image", "pixel")
+    assert found["none"] == {"image": float(fitted.image_threshold), "pixel": float(fitted.pixel_threshold)}
+    assert found[named][kept] == found["none"][kept]
+    assert found[named][moved] < found["none"][moved] - 0.01
+
+
+def test_a_rate_for_a_checkpoint_without_scores(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing can be placed anew, and that is said."""
+    fitted = GoodPartsPostProcessor()
+    fitted.add_good(torch.linspace(0.2, 0.5, 200))
+    fitted.place_thresholds()
+    loaded = GoodPartsPostProcessor(false_alarm_rate=0.02)
+    loaded.load_state_dict(fitted.state_dict())
+    assert torch.equal(loaded.image_threshold, fitted.image_threshold)
+    assert "holds no scores of good parts, so its thresholds stay as they are" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [GoodPartsPostProcessor, RawScorePostProcessor])
+def test_normalization_cannot_be_left_out(kind: type[GoodPartsPostProcessor]) -> None:
+    """Else anomalib compares raw scores with 0.5."""
+    with pytest.raises(ValueError, match="would compare raw scores with 0.5"):
+        kind(enable_normalization=False)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3, 1e6, 1e9])
+def test_raw_scores_of_any_size(size: float) -> None:
+    """As many of them are rejected, and shown scores still rise, where single precision would tie them."""
+    scores = size * (1 + 0.05 * torch.randn(400))
+    post_processor = RawScorePostProcessor(false_alarm_rate=0.1)
+    post_processor.add_good(scores[:200])
+    post_processor.place_thresholds()
+    copy = RawScorePostProcessor()
+    copy.load_state_dict(post_processor.state_dict())
+    shown = copy(InferenceBatch(pred_score=scores.sort().values, anomaly_map=None))
+    assert 0.03 < shown.pred_label[shown.pred_score.argsort()].float().mean() < 0.17
+    assert shown.pred_score.dtype == torch.float32
+    assert len(shown.pred_score.unique()) > 390
+    assert (shown.pred_score.diff() >= 0).all()
+
+
+def test_scores_that_are_no_numbers_are_named() -> None:
+    """Of good parts, of validation's good and bad ones: which files, and what to do."""
+    scores = torch.tensor([0.3, float("nan"), float("inf")])
+    with pytest.raises(ValueError, match=r"2 of 3 images.*not a finite number: b\.png, c\.png\. Leave them out"):
+        GoodPartsPostProcessor().add_good(scores, paths=["a.png", "b.png", "c.png"])
+    for label in (False, True):
+        seen = batch(scores, torch.tensor([False, label, label]))
+        seen.image_path = ["a.png", "b.png", "c.png"]
+        with pytest.raises(ValueError, match=r"not a finite number: b\.png, c\.png"):
+            GoodPartsPostProcessor().on_validation_batch_end(None, None, seen)
