@@ -27,7 +27,7 @@ from anomalib_spg.components.backbone import Tokens
 from anomalib_spg.components.checkpoint import check_identity
 from anomalib_spg.components.held_out import ENOUGH, MOST, choose, good_validation_images
 from anomalib_spg.components.lightning import FrozenBackboneMixin, check_seed
-from anomalib_spg.components.normal_images import AUTO, draw_normal_images, image_labels
+from anomalib_spg.components.normal_images import AUTO, copies, draw_normal_images, image_labels
 from anomalib_spg.components.post_processor import GoodPartsPostProcessor
 from anomalib_spg.components.threshold import Prior
 from anomalib_spg.explanations.examples import Examples
@@ -252,10 +252,18 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
                 transform=training_set.augmentations,
                 name=datamodule.name,
             )
-            again = [path for path in paths if path in known]
+            copied = copies([*known.paths, *paths])
+            again = [path for path in paths if path in known or copied.get(path, "") in known.paths]
             if again:
                 msg = f"The bank of '{self.extend}' holds {len(again)} of the images already: {', '.join(again[:5])}."
                 raise ValueError(msg)
+            if copied:
+                logger.warning(
+                    "%d normal images are copies of others: %s. Leave them out: each is compared with its copy, which "
+                    "lets the threshold come to lie too low.",
+                    len(copied),
+                    ", ".join(f"{copy} of {first}" for copy, first in list(copied.items())[:5]),
+                )
             self.normal_images = [*known.paths, *paths]
             self.held_out = None
             if good_validation_images(datamodule) < ENOUGH:

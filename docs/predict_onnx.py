@@ -5,7 +5,8 @@
     pip install onnxruntime numpy pillow
     python predict_onnx.py results/weights/onnx/model.onnx new/*.png
 
-The file resizes, normalises, finds and decides by itself: it takes the image as it is, of any size.
+The file resizes, normalises, finds and decides by itself: it takes the image as it is, of any size. Heatmaps go to the
+folder ``heatmaps``.
 """
 
 import sys
@@ -17,18 +18,22 @@ from PIL import Image
 
 
 def main(model: str, *paths: str) -> None:
-    """Print the decision on each image, and save its heatmap beside it."""
+    """Print the decision on each image, and save its heatmap in the folder ``heatmaps``."""
+    Path("heatmaps").mkdir(exist_ok=True)
     session = onnxruntime.InferenceSession(model)
     names = [output.name for output in session.get_outputs()]
     for path in paths:
-        pixels = np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) / 255  # (H, W, 3) in [0, 1]
+        picture = Image.open(path)
+        if picture.mode[0] in "IF":
+            sys.exit(f"{path} has more than 8 bits a pixel. Convert it as the images that the model was fitted on.")
+        pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255  # (H, W, 3) in [0, 1]
         image = pixels.transpose(2, 0, 1)[None]  # (1, 3, H, W)
         result = dict(zip(names, session.run(None, {session.get_inputs()[0].name: image}), strict=True))
         decision = "rejected" if result["pred_label"].item() else "accepted"
         print(f"{path}: {decision}, score {result['pred_score'].item():.4f} (threshold 0.5)")
         # The map has the size of the model's input; 0.5 is the threshold of its pixels.
         heatmap = Image.fromarray((result["anomaly_map"].squeeze() * 255).clip(0, 255).astype(np.uint8))
-        heatmap.resize((pixels.shape[1], pixels.shape[0])).save(Path(path).with_suffix(".heatmap.png"))
+        heatmap.resize((pixels.shape[1], pixels.shape[0])).save(Path("heatmaps", f"{Path(path).stem}.png"))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,10 @@ def main(model: str, *paths: str) -> None:
     requests = openvino.AsyncInferQueue(openvino.Core().compile_model(model, "AUTO", {"PERFORMANCE_HINT": hint}))
     requests.set_callback(show)
     for path in paths:
-        pixels = np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) / 255  # (H, W, 3) in [0, 1]
+        picture = Image.open(path)
+        if picture.mode[0] in "IF":
+            sys.exit(f"{path} has more than 8 bits a pixel. Convert it as the images that the model was fitted on.")
+        pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255  # (H, W, 3) in [0, 1]
         requests.start_async({0: pixels.transpose(2, 0, 1)[None]}, path)  # (1, 3, H, W)
     requests.wait_all()
 

@@ -107,7 +107,10 @@ class Backbone(nn.Module):
         super().__init__()
         config = pretrained_config(name)
         if weights is not None and not Path(weights).is_file():
-            msg = f"No weights file at '{weights}'. Give a safetensors or PyTorch file in timm's naming for '{name}'."
+            msg = (
+                f"No weights file at '{weights}'. Give a safetensors or PyTorch file in timm's naming for '{name}'; a "
+                "fitted checkpoint has its own, so leave weights out (null) where one is loaded."
+            )
             raise ValueError(msg)
         self.name = name
         self.weights = weights

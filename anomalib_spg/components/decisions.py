@@ -29,7 +29,8 @@ class DecisionTable(Callback):
     of the image file, how many pixels they have, and their highest score. Contours: :func:`.regions.defects`. Pixels
     count as they are stored, which is how anomalib reads them: a rotation that EXIF asks for is not applied, and a
     warning says where viewers apply it. Where a score is not finite, the decision is ``rejected`` and the score empty.
-    An earlier table is kept: the next one is called ``predictions_2.csv``.
+    An earlier table is kept: the next one is called ``predictions_2.csv``. Where something stops the predictions, such
+    as an image that cannot be read, the decisions on the images before it are written.
     """
 
     def __init__(self) -> None:
@@ -70,10 +71,17 @@ class DecisionTable(Callback):
                 "box_scores": "; ".join(f"{defect.score:.3f}" for defect in found),
             })
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write what is decided already, if something has stopped the predictions."""
+        del exception
+        if trainer.predicting and trainer.world_size == 1 and self._rows:
+            logger.warning("Predictions were stopped after %d images, whose decisions are kept.", len(self._rows))
+            self.on_predict_end(trainer, pl_module)
+
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the table."""
         del pl_module
-        rows = self._rows
+        rows, self._rows = self._rows, []
         if trainer.world_size > 1:
             shares: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(shares, rows)

@@ -2,7 +2,8 @@
 
 """A few normal images: drawn with the seed, so that only they are ever decoded."""
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -82,6 +83,37 @@ def draw_normal_images(
     images = PredictDataset(source, transform=transform)
     images.image_filenames = [images.image_filenames[index] for index in drawn]
     return images, [paths[index] for index in drawn]
+
+
+def copies(paths: Sequence[str]) -> dict[str, str]:
+    """Find files that hold the same bytes as an earlier one.
+
+    Args:
+        paths (Sequence[str]): Files; those that do not exist are passed over.
+
+    Returns:
+        dict[str, str]: By each such file, the first one that it is a copy of.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     files = [Path(folder, name) for name in ("a.png", "b.png", "c.png")]
+        ...     _ = [file.write_bytes(content) for file, content in zip(files, (b"1", b"2", b"1"), strict=True)]
+        ...     {Path(copy).name: Path(first).name for copy, first in copies(files).items()}
+        {'c.png': 'a.png'}
+    """
+    by_size: dict[int, list[str]] = {}
+    for path in paths:
+        if Path(path).is_file():
+            by_size.setdefault(Path(path).stat().st_size, []).append(path)
+    found: dict[str, str] = {}
+    for of_size in (group for group in by_size.values() if len(group) > 1):
+        first: dict[bytes, str] = {}
+        for path in of_size:
+            digest = hashlib.sha256(Path(path).read_bytes()).digest()
+            if first.setdefault(digest, path) != path:
+                found[path] = first[digest]
+    return found
 
 
 def image_labels(dataset: AnomalibDataset) -> list[tuple[str, int]]:

@@ -287,7 +287,7 @@ class GoodPartsPostProcessor(PostProcessor):
             words += " One image hardly tells how good parts vary: take the decisions as provisional."
         bad = self._scores["bad"]
         if not bad:
-            return f"{words} How many bad parts it misses is unknown: there were no bad images."
+            return f"{words} How many bad parts it misses is unknown: there were no bad images to place it by."
         found = sum(x > placed for x in bad)
         return f"{words} It finds {found} of the {len(bad)} bad images it was placed by."
 

@@ -15,6 +15,7 @@ from PIL import Image
 logger = logging.getLogger(__name__)
 
 SHOWN = 5  # files that a message names
+DEEP = " of 16 bits"  # after a mode
 
 
 class CheckImages(Callback):
@@ -70,8 +71,8 @@ class CheckImages(Callback):
 def check_images(datasets: Iterable[Any]) -> None:
     """Read the headers of the images and masks of some datasets.
 
-    A file with several pages, of which anomalib reads the first only, one too large for PIL's liking, and a mask of
-    another size than its image cost a warning.
+    A file with several pages, of which anomalib reads the first only, colours of 16 bits, of which PIL reads the higher
+    8, an image too large for PIL's liking, and a mask of another size than its image cost a warning.
 
     Args:
         datasets (Iterable[Any]): anomalib's datasets; of others nothing is known, and nothing is checked.
@@ -89,7 +90,7 @@ def check_images(datasets: Iterable[Any]) -> None:
         Traceback (most recent call last):
         ValueError: Image '...part.png' has mode I;16...
     """
-    pages, large, resized = [], [], []
+    pages, deep, large, resized = [], [], [], []
     for path, mask_path in _paths(datasets).items():
         size, mode, several = _header(path)
         if mode in {"I", "F"} or mode.startswith("I;16"):
@@ -101,12 +102,15 @@ def check_images(datasets: Iterable[Any]) -> None:
             raise ValueError(msg)
         if several:
             pages.append(path)
+        if mode.endswith(DEEP):
+            deep.append(path)
         if size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or float("inf")):
             large.append(path)
         if mask_path and _header(mask_path)[0] != size:
             resized.append(f"{mask_path} ({path})")
     for found, text in (
         (pages, "have several pages or frames, and only the first is used"),
+        (deep, "have 16 bits a channel, of which only the higher 8 are read: black, if the camera gives fewer bits"),
         (large, "have more pixels than PIL takes for harmless, and take long to read; make them smaller if you can"),
         (resized, "are masks of another size than their images, and are stretched to it"),
     ):
@@ -121,7 +125,9 @@ def _header(path: str) -> tuple[tuple[int, int], str, bool]:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it names no file
             image = Image.open(path)
         with image:
-            return image.size, image.mode, getattr(image, "n_frames", 1) > 1
+            # PIL has no mode for colours of 16 bits: only its decoder is told of them.
+            is_deep = image.mode.startswith("RGB") and any(";16" in str(tile) for tile in getattr(image, "tile", ()))
+            return image.size, image.mode + DEEP * is_deep, getattr(image, "n_frames", 1) > 1
     except Exception as exception:  # PIL's decoders raise what they like
         reason = "it is no image" if isinstance(exception, Image.UnidentifiedImageError) else str(exception)
         msg = f"Cannot read image '{path}': {reason}. Replace or remove it."

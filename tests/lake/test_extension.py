@@ -4,6 +4,7 @@
 
 import copy
 import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -254,3 +255,17 @@ def test_images_of_another_size_or_not_finite() -> None:
         further.add(torch.randn(1, 3, 64, 96))
     with pytest.raises(ValueError, match=r"number 4\) are not finite"):
         further.add(torch.full((1, 3, 64, 64), float("nan")))
+
+
+def test_copies_under_other_names(fitted: Path, mvtec: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of images the bank holds they are refused; of each other, named."""
+    again = tmp_path / "again"
+    again.mkdir()
+    shutil.copyfile(LAKE.load_from_checkpoint(fitted).normal_images[0], again / "other.png")
+    with pytest.raises(ValueError, match=r"holds 1 of the images already: .*other\.png"):
+        engine(tmp_path).fit(model=build(extend=fitted, few_shot_source=again, k_shot=1), datamodule=data(mvtec))
+    shutil.copyfile(again / "other.png", again / "third.png")
+    shutil.copyfile(mvtec / "grass/train/good/000.png", again / "a.png")
+    engine(tmp_path, limit_val_batches=0).fit(model=build(few_shot_source=again, k_shot=None), datamodule=data(mvtec))
+    assert "1 normal images are copies of others" in caplog.text
+    assert re.search(r"third\.png of \S+other\.png", caplog.text)

@@ -11,11 +11,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from anomalib.data import ImageBatch
+from anomalib.data import ImageBatch, PredictDataset
 from anomalib.data.utils import read_image
 from PIL import ExifTags, Image
+from torch.utils.data import DataLoader
 
+from anomalib_lake import LAKE
 from anomalib_spg.components.decisions import DecisionTable
+from tests.helpers import TINY, engine
 
 
 def table(folder: Path, paths: list[Path]) -> pd.DataFrame:
@@ -72,3 +75,24 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
         Image.new("RGB", (8, 8), "white").save(path)
     names = [Path(name).name for name in table(tmp_path, paths).image]
     assert names == ["a.png", "\\udce4.png", "\\udcf6.png"]
+
+
+def test_what_stops_the_predictions_leaves_the_decisions_before_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The images before a file that cannot be read, while there is an exception on its way."""
+    for number in range(4):
+        Image.effect_noise((64, 64), 60).convert("RGB").save(tmp_path / f"{number}.png")
+    damaged = tmp_path / "3.png"
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    model = LAKE(backbone=TINY, pre_trained=False, image_size=64, num_neurons=20, visualizer=False)
+    model.model.train()(torch.randn(2, 3, 64, 64))
+    model.model.fit()
+    model._is_fitted = torch.tensor([True])
+    dataset = PredictDataset(tmp_path)
+    run = engine(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"3\.png. Replace or remove them"), caplog.at_level(logging.WARNING):
+        run.predict(model, dataloaders=DataLoader(dataset, batch_size=1, collate_fn=dataset.collate_fn))
+    found = pd.read_csv(next((tmp_path / "run").rglob("predictions.csv")))
+    assert [Path(path).name for path in found.image] == ["0.png", "1.png", "2.png"]
+    assert "stopped after 3 images, whose decisions are kept" in caplog.text

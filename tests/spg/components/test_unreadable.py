@@ -183,3 +183,14 @@ def test_other_errors_search_nothing(mvtec: Path, tmp_path: Path, caplog: pytest
         pytest.raises(OSError, match="No space left"),
     ):
         engine(tmp_path).fit(model=build(), datamodule=data(mvtec))
+
+
+def test_colours_of_16_bits_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """PIL reads the higher 8 of them, and calls it RGB; those of 8 bits are none."""
+    cv2.imwrite(str(tmp_path / "deep.png"), np.full((8, 8, 3), 4095, np.uint16))
+    assert np.asarray(Image.open(tmp_path / "deep.png")).max() == 15, "what this guards against"
+    Image.new("RGB", (8, 8)).save(tmp_path / "flat.png")
+    check_images([PredictDataset(tmp_path)])
+    assert "1 files have 16 bits a channel" in caplog.text
+    assert "deep.png" in caplog.text
+    assert "flat.png" not in caplog.text
