@@ -301,8 +301,9 @@ class GoodPartsPostProcessor(PostProcessor):
         """Restore what :meth:`checkpoint_config` gave."""
         super().load_checkpoint_config(config)
         self._is_rate_named = any(getattr(self, name) is not None for name in RATES)
-        for name, rate in config.get("rates", {}).items():  # a rate that is not named now stays
-            setattr(self, name, rate if getattr(self, name) is None else getattr(self, name))
+        for name, rate in config.get("rates", {}).items():
+            if getattr(self, name) is None:  # a rate that is not named now stays
+                setattr(self, name, rate)
         self._scores |= config.get("scores", {})
         self._pixels |= {name: torch.tensor(counts) for name, counts in config.get("pixels", {}).items()}
 

@@ -15,7 +15,6 @@ from PIL import Image
 logger = logging.getLogger(__name__)
 
 SHOWN = 5  # files that a message names
-DEEP = " of 16 bits"  # after a mode
 
 
 class CheckImages(Callback):
@@ -92,7 +91,7 @@ def check_images(datasets: Iterable[Any]) -> None:
     """
     pages, deep, large, resized = [], [], [], []
     for path, mask_path in _paths(datasets).items():
-        size, mode, several = _header(path)
+        size, mode, has_several_pages, is_deep = _header(path)
         if mode in {"I", "F"} or mode.startswith("I;16"):
             msg = (
                 f"Image '{path}' has mode {mode}, more than 8 bits a pixel. anomalib would cut its values at 255. "
@@ -100,9 +99,9 @@ def check_images(datasets: Iterable[Any]) -> None:
                 "Image.fromarray((np.asarray(image) / highest * 255).clip(0, 255).astype('uint8'))."
             )
             raise ValueError(msg)
-        if several:
+        if has_several_pages:
             pages.append(path)
-        if mode.endswith(DEEP):
+        if is_deep:
             deep.append(path)
         if size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or float("inf")):
             large.append(path)
@@ -118,8 +117,8 @@ def check_images(datasets: Iterable[Any]) -> None:
             logger.warning("%d files %s: %s", len(found), text, _shown(found))
 
 
-def _header(path: str) -> tuple[tuple[int, int], str, bool]:
-    """Size, mode, and whether there are several pages or frames."""
+def _header(path: str) -> tuple[tuple[int, int], str, bool, bool]:
+    """Size, mode, whether there are several pages or frames, and whether these are colours of 16 bits."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it names no file
@@ -127,7 +126,7 @@ def _header(path: str) -> tuple[tuple[int, int], str, bool]:
         with image:
             # PIL has no mode for colours of 16 bits: only its decoder is told of them.
             is_deep = image.mode.startswith("RGB") and any(";16" in str(tile) for tile in getattr(image, "tile", ()))
-            return image.size, image.mode + DEEP * is_deep, getattr(image, "n_frames", 1) > 1
+            return image.size, image.mode, getattr(image, "n_frames", 1) > 1, is_deep
     except Exception as exception:  # PIL's decoders raise what they like
         reason = "it is no image" if isinstance(exception, Image.UnidentifiedImageError) else str(exception)
         msg = f"Cannot read image '{path}': {reason}. Replace or remove it."
