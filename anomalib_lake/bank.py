@@ -122,6 +122,7 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
         stride: int = 1,
         numbers: Sequence[int] | None = None,
         copies: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
+        times: int = 1,
     ) -> None:
         """Fill the bank with the images added before and some more, whose distances to the others are the scale.
 
@@ -131,8 +132,9 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
             stride (int): Keep only the tokens of every ``stride``-th row and column.
             numbers (Sequence[int] | None): Their numbers among the normal images. ``None`` counts from 0.
             copies (Sequence[tuple[torch.Tensor, torch.Tensor]] | None): Of each of them the tokens ``(M, K)`` that its
-                rotated copies add, and the patches ``(M,)`` that these show. An image and its copies are thinned to its
-                share of the bank before they are compared with others. ``None`` where there are no copies.
+                copies add, and the patches ``(M,)`` that these show. An image and its copies are thinned to its share
+                of the bank before they are compared with others. ``None`` where there are no copies.
+            times (int): An image and its copies are thinned to so many times the image's own tokens, too.
 
         Raises:
             ValueError: If every normal patch has an exact copy in another image, so that the distances vanish.
@@ -141,7 +143,8 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
         kept = kept_patches(grid, stride, tokens.device)
         images = [(image, kept) for image in tokens[:, kept]]
         if copies is not None:
-            images = [self._join(image, of_image, len(images)) for image, of_image in zip(images, copies, strict=True)]
+            most = times * len(kept) if self.size is None else min(times * len(kept), -(-self.size // len(images)))
+            images = [join(image, of_image, most) for image, of_image in zip(images, copies, strict=True)]
         distances = self._leave_one_out(tokens, grid, kept, [rows for rows, _ in images])
         self.distance_scale = distances.quantile(QUANTILE)
         if not self.distance_scale > 2e-3 * tokens.norm(dim=-1).mean():  # what rounding alone gives
@@ -168,17 +171,6 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
         rows = [torch.cat(values) for values in zip(*self._added, strict=True)]
         chosen, self.radius = k_center_greedy(rows[0], self.size)
         self._added = [tuple(values[chosen] for values in rows)]
-
-    def _join(
-        self, image: tuple[torch.Tensor, torch.Tensor], copies: tuple[torch.Tensor, torch.Tensor], images: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens of an image and its copies, and their patches, thinned to the share of one of so many images."""
-        tokens, patches = (torch.cat(values) for values in zip(image, copies, strict=True))
-        share = len(tokens) if self.size is None else -(-self.size // images)
-        if len(tokens) > share:
-            chosen, _ = k_center_greedy(tokens, share)
-            tokens, patches = tokens[chosen], patches[chosen]
-        return tokens, patches
 
     def _leave_one_out(
         self, tokens: torch.Tensor, grid: tuple[int, int], kept: torch.Tensor, images: Sequence[torch.Tensor]
@@ -253,6 +245,31 @@ def stride_of(scale: int) -> int:
         int: 1 for single patches, 2 for windows of 3.
     """
     return scale // 2 + 1
+
+
+def join(
+    image: tuple[torch.Tensor, torch.Tensor], copies: tuple[torch.Tensor, torch.Tensor], most: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Thin an image and its copies to so many tokens, by k-center greedy.
+
+    Args:
+        image (tuple[torch.Tensor, torch.Tensor]): Its tokens ``(N, K)`` and their patches ``(N,)``.
+        copies (tuple[torch.Tensor, torch.Tensor]): Those of its copies ``(M, K)`` and the patches that they show.
+        most (int): Tokens that are kept.
+
+    Returns:
+        tuple[torch.Tensor, torch.Tensor]: Tokens and patches of both.
+
+    Example:
+        >>> image = torch.tensor([[0.0], [1.0]]), torch.tensor([0, 1])
+        >>> join(image, (torch.tensor([[0.5], [9.0]]), torch.tensor([0, 1])), most=2)[0].flatten().tolist()
+        [0.0, 9.0]
+    """
+    tokens, patches = (torch.cat(values) for values in zip(image, copies, strict=True))
+    if len(tokens) > most:
+        chosen, _ = k_center_greedy(tokens, most)
+        tokens, patches = tokens[chosen], patches[chosen]
+    return tokens, patches
 
 
 def reference_images(count: int) -> list[int]:

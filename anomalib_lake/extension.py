@@ -88,7 +88,7 @@ class Extension:
                         _append(bank, averaged[:, kept].flatten(0, 1), kept.repeat(len(images)), numbers)
             if model.num_rotations > 1:
                 for number, image in zip(numbers.split(1), images, strict=True):
-                    for banks, by_scale in zip(model.banks, model.rotated(image, model.pixel_aspect), strict=True):
+                    for banks, by_scale in zip(model.banks, model.copies(image, model.pixel_aspect), strict=True):
                         for bank, (copies, patches) in zip(banks, by_scale, strict=True):
                             _append(bank, copies, patches, number)
         self._grid, self._size = grid, (images.shape[-2], images.shape[-1])

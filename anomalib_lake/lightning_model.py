@@ -77,6 +77,10 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             more help where good parts vary more than the images show, and forget the one that is taken alike.
         num_rotations (int): Directions in which each normal image goes into the bank: 8 takes it as it is and rotated
             by 45, 90, ... degrees, for parts that may lie in any direction. Defaults to 1 (ours), as it is only.
+        num_shifts (int): Places on the grid of patches, along height and along width, at which each of the first 32
+            normal images goes into the bank: 2 takes it as it is and shifted by half a patch down, right, and both. Not
+            where there is one image only, nor beside rotated copies, nor with ``extend``. Defaults to 2 (ours); 1 takes
+            it as it is (paper).
         own_weight (float): Weight of a patch's distance to the rest of its own image beside that to the bank, in
             [0, 1]. Defaults to 0.3 (ours); 0 compares with the bank alone (paper).
         top_patches (int): Highest patches whose mean is the image's score. Defaults to 3 (ours); 1 takes the maximum
@@ -138,6 +142,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         bank_size: int | None = 5504,
         num_neighbors: int = 1,
         num_rotations: int = 1,
+        num_shifts: int = 2,
         own_weight: float = 0.3,
         top_patches: int = 3,
         text_weight: float | None = None,
@@ -197,6 +202,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             bank_size=bank_size,
             num_neighbors=num_neighbors,
             num_rotations=num_rotations,
+            num_shifts=num_shifts,
             own_weight=own_weight,
             top_patches=top_patches,
             text_weight=text_weight,
@@ -492,6 +498,7 @@ def _add_former_defaults(checkpoint: dict[str, Any]) -> None:
     hyperparameters = checkpoint.setdefault("hyper_parameters", {})
     hyperparameters.setdefault("num_neighbors", 1)
     hyperparameters.setdefault("num_rotations", 1)
+    hyperparameters.setdefault("num_shifts", 1)
 
 
 def _paths(dataset: AnomalibDataset | None) -> list[str]:

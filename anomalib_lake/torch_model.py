@@ -9,7 +9,8 @@ this file.
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,15 +26,18 @@ from anomalib_spg.components.module_list import ModuleList
 from anomalib_spg.components.own_image import kept_patches
 from anomalib_spg.components.precision import full_precision
 
-from .bank import NormalityBank, average_neighbors, reference_images, stride_of
+from .bank import NormalityBank, average_neighbors, join, reference_images, stride_of
 from .neurons import Normalization, Selection, SensitiveNeurons
 from .own_image import OwnImage
 from .rotations import rotate, shown_patches
+from .shifts import shift, shifted_patches, shifts
 from .text import embed_prompts, prompts, read_checkpoint, text_tower
 
-# Tokens of rotated copies, in one layer and at one scale, and the patches of the image that they show.
+# Tokens of an image's copies, in one layer and at one scale, and the patches of the image that they show.
 Copies = tuple[torch.Tensor, torch.Tensor]
-# Rotated copies that the backbone takes at a time.
+# How a copy is made of an image; which patches of the image the windows of a grid and scale show, and which are whole.
+View = tuple[Callable[[torch.Tensor], torch.Tensor], Callable[..., tuple[torch.Tensor, torch.Tensor]]]
+# Copies that the backbone takes at a time.
 BATCH = 8
 # Normal images whose tokens are kept in full, to choose the neurons by; in the end each is compared with the others.
 SAMPLE = 32
@@ -88,6 +92,9 @@ class LAKEModel(nn.Module):
             more help where good parts vary more than the images show, and forget the one that is taken alike.
         num_rotations (int): Directions in which each normal image goes into the bank: 8 takes it as it is and rotated
             by 45, 90, ... degrees, for parts that may lie in any direction. Defaults to 1 (ours), as it is only.
+        num_shifts (int): Places on the grid of patches, along height and along width, at which each of the first 32
+            normal images goes into the bank: 2 takes it as it is and shifted by half a patch down, right, and both. Not
+            where there is one image only, nor beside rotated copies. Defaults to 2 (ours); 1 takes it as it is (paper).
         own_weight (float): Weight of a patch's distance to the rest of its own image beside that to the bank, in
             [0, 1]. Defaults to 0.3 (ours); 0 compares with the bank alone (paper).
         top_patches (int): Highest patches whose mean is the image's score. Defaults to 3 (ours); 1 takes the maximum
@@ -131,6 +138,7 @@ class LAKEModel(nn.Module):
         bank_size: int | None = 5504,
         num_neighbors: int = 1,
         num_rotations: int = 1,
+        num_shifts: int = 2,
         own_weight: float = 0.3,
         top_patches: int = 3,
         text_weight: float | None = None,
@@ -182,6 +190,12 @@ class LAKEModel(nn.Module):
             image_size=image_size,
             norm=False,
         )
+        if not 1 <= num_shifts <= self.backbone.patch_size:
+            msg = (
+                f"num_shifts={num_shifts} must lie between 1, which takes normal images as they are, and "
+                f"{self.backbone.patch_size}, the pixels of a patch."
+            )
+            raise ValueError(msg)
         self.layers: list[int] = sorted({layer % depth for layer in layers})
         self.scales: list[int] = sorted(set(scales))
         grid = [-(-side // self.backbone.patch_size) for side in self.backbone.image_size]
@@ -210,6 +224,7 @@ class LAKEModel(nn.Module):
             ModuleList(NormalityBank(size, num_neighbors) for size in sizes) for _ in self.layers
         )
         self.num_rotations = num_rotations
+        self.num_shifts = num_shifts
         self.pixel_aspect = 1.0
         self.own_weight = own_weight
         self.top_patches = top_patches
@@ -238,11 +253,16 @@ class LAKEModel(nn.Module):
         self._semantic: list[torch.Tensor] = []
         self._references: list[int] = []  # reference images, whose distances to the others are the scale
         self._projected: list[torch.Tensor] = []  # tokens of the first images in the chosen neurons, by layer
-        self._unrotated: dict[int, tuple[torch.Tensor, float]] = {}  # images by number, and their pixels' aspect
+        self._uncopied: dict[int, tuple[torch.Tensor, float]] = {}  # images by number, and their pixels' aspect
         for bank in self._all_banks():
             bank.forget()
         self._grid: tuple[int, int] = (0, 0)
         self._size: tuple[int, int] = (0, 0)
+
+    @property
+    def num_copies(self) -> int:
+        """Copies of a normal image that go into the bank beside it, of those that have any."""
+        return self.num_rotations - 1 if self.num_rotations > 1 else self.num_shifts**2 - 1
 
     def memory_need(self, images: int) -> int:
         """Memory that learning takes beside the backbone: what is kept, and as much again while it is worked on.
@@ -263,11 +283,11 @@ class LAKEModel(nn.Module):
         kept = width if self.neurons[0].selection == "all" else self.neurons[0].count
         blocks = len(self.layers) + (self.text_weight > 0) + 1  # one more while they are put together
         values = min(images, SAMPLE) * rows * columns * (width * blocks + kept * len(self.layers))
-        if self.num_rotations > 1:  # images that wait for the neurons; copies of the reference images, at all scales
+        if self.num_copies:  # images that wait for the neurons; copies of the reference images, at all scales
             values += min(images, SAMPLE) * 3 * math.prod(self.backbone.image_size)
-            rotated = len(reference_images(images)) * self.num_rotations
+            views = len(reference_images(images)) * (1 + self.num_copies)
             values += len(self.layers) * sum(
-                rotated * rows * columns // stride_of(scale) ** 2 * kept for scale in self.scales
+                views * rows * columns // stride_of(scale) ** 2 * kept for scale in self.scales
             )
         for scale, bank in zip(self.scales, self.banks[0], strict=True):
             of_image = -(-rows // stride_of(scale)) * -(-columns // stride_of(scale)) * self.num_rotations
@@ -407,12 +427,13 @@ class LAKEModel(nn.Module):
         if self.text_weight > 0 and not self.backbone.has_weights:
             self._checkpoint = self._load_checkpoint()
         tokens, grid = self.tokens(images)
-        start = self.num_stored
+        if self.num_copies:
+            start = self.num_stored
+            copied = images if self.num_rotations > 1 else images[: max(SAMPLE - start, 0)]
+            self._uncopied |= {number: (image, self.pixel_aspect) for number, image in enumerate(copied, start)}
         self.store(tokens, grid, (images.shape[-2], images.shape[-1]))
-        if self.num_rotations > 1:
-            self._unrotated |= {number: (image, self.pixel_aspect) for number, image in enumerate(images, start)}
-            if self._references:
-                self._add_rotated()
+        for number in [number for number in self._uncopied if self._references and number not in self._references]:
+            self._add_copies(number, self.copies(*self._uncopied.pop(number)))
         return tokens[self.layers[-1]]
 
     @torch.no_grad()
@@ -455,7 +476,8 @@ class LAKEModel(nn.Module):
         generator = torch.Generator().manual_seed(torch.initial_seed())
         images = sum(map(len, self._stored[0]))
         self._references = reference_images(images)
-        others = [number for number in range(images) if number not in self._references]
+        later = {*self._references, *(self._uncopied if self.num_rotations == 1 else [])}  # with their copies
+        others = [number for number in range(images) if number not in later]
         with full_precision(self.text_embeddings.device):
             for number, neurons in enumerate(self.neurons):
                 tokens = torch.cat(self._stored[number])
@@ -473,8 +495,8 @@ class LAKEModel(nn.Module):
             averaged = self.neurons[number].normalize(average_neighbors(projected, self._grid, scale))
             bank.add(averaged, images, self._grid, stride_of(scale))
 
-    def rotated(self, image: torch.Tensor, pixel_aspect: float = 1.0) -> list[list[Copies]]:
-        """Compute tokens of the rotated copies of a normal image, in the neurons that have been chosen.
+    def copies(self, image: torch.Tensor, pixel_aspect: float = 1.0) -> list[list[Copies]]:
+        """Compute tokens of the rotated or shifted copies of a normal image, in the neurons that have been chosen.
 
         Args:
             image (torch.Tensor): Normalised image ``(3, H, W)``.
@@ -484,32 +506,56 @@ class LAKEModel(nn.Module):
             list[list[Copies]]: By layer and scale, the tokens ``(M, K)`` of all windows that lie inside the image, and
             the patches ``(M,)`` of the image that they show.
         """
-        angles = [360 * number / self.num_rotations for number in range(1, self.num_rotations)]
         found: list[list[list[Copies]]] = [[[] for _ in self.scales] for _ in self.layers]
-        extent = (image.shape[-2] / self.backbone.patch_size, image.shape[-1] / self.backbone.patch_size)
-        batches = [angles[start : start + BATCH] for start in range(0, len(angles), BATCH)]
-        for batch in tqdm(batches, "rotated copies of a normal image", unit="batch", delay=3, leave=False):
-            tokens, grid = self.tokens(torch.stack([rotate(image, angle, pixel_aspect) for angle in batch]))
+        views = self._views((image.shape[-2], image.shape[-1]), pixel_aspect)
+        for start in range(0, len(views), BATCH):
+            batch = views[start : start + BATCH]
+            tokens, grid = self.tokens(torch.stack([show(image) for show, _ in batch]))
             with full_precision(image.device):
                 for layer, neurons, by_scale in zip(self.layers, self.neurons, found, strict=True):
                     projected = neurons.project(tokens[layer])
                     for scale, copies in zip(self.scales, by_scale, strict=True):
                         averaged = neurons.normalize(average_neighbors(projected, grid, scale))
                         kept = kept_patches(grid, stride_of(scale))
-                        for angle, copy in zip(batch, averaged, strict=True):
-                            shown, inside = shown_patches(grid, angle, scale, pixel_aspect, extent)
+                        for (_, patches), copy in zip(batch, averaged, strict=True):
+                            shown, inside = patches(grid, scale=scale)
                             windows = kept[inside[kept]]
                             copies.append((copy[windows.to(copy.device)], shown[windows].to(copy.device)))
-        return [[_of_all_angles(copies) for copies in by_scale] for by_scale in found]
+        return [[_of_all_views(copies) for copies in by_scale] for by_scale in found]
+
+    def _views(self, size: tuple[int, int], pixel_aspect: float) -> list[View]:
+        """How the copies of an image of this size are made, and which patches of it they show."""
+        if self.num_rotations > 1:
+            extent = (size[0] / self.backbone.patch_size, size[1] / self.backbone.patch_size)
+            return [
+                (
+                    partial(rotate, angle=angle, pixel_aspect=pixel_aspect),
+                    partial(shown_patches, angle=angle, pixel_aspect=pixel_aspect, extent=extent),
+                )
+                for angle in (360 * number / self.num_rotations for number in range(1, self.num_rotations))
+            ]
+        patch_size = self.backbone.patch_size
+        return [
+            (
+                partial(shift, down=down, right=right),
+                partial(shifted_patches, down=down, right=right, patch_size=patch_size, size=size),
+            )
+            for down, right in shifts(self.num_shifts, patch_size)
+        ]
 
     @torch.no_grad()
-    def _add_rotated(self) -> None:
-        """Take rotated copies into the banks, but for those of the reference images."""
-        for number in [number for number in self._unrotated if number not in self._references]:
-            copies = self.rotated(*self._unrotated.pop(number))
-            for banks, by_scale in zip(self.banks, copies, strict=True):
-                for bank, (tokens, patches) in zip(banks, by_scale, strict=True):
-                    bank.add_image(tokens, patches, number)
+    def _add_copies(self, number: int, copies: list[list[Copies]]) -> None:
+        """Take copies of an image into the banks; shifted ones with the image itself, as many tokens as it has."""
+        with full_precision(self.text_embeddings.device):
+            for layer, (neurons, banks) in enumerate(zip(self.neurons, self.banks, strict=True)):
+                for scale, bank, of_copies in zip(self.scales, banks, copies[layer], strict=True):
+                    if self.num_rotations > 1:
+                        bank.add_image(*of_copies, number)
+                        continue
+                    projected = self._projected[layer][number : number + 1]
+                    image = neurons.normalize(average_neighbors(projected, self._grid, scale))[0]
+                    kept = kept_patches(self._grid, stride_of(scale), image.device)
+                    bank.add_image(*join((image[kept], kept), of_copies, len(kept)), number)
 
     def _load_checkpoint(self) -> dict[str, torch.Tensor]:
         """Read the OpenCLIP checkpoint once: give its vision part to the backbone, and return the rest."""
@@ -558,12 +604,20 @@ class LAKEModel(nn.Module):
             if not self._references:
                 self._choose_neurons()
             copies: list[list[list[Copies]]] = []
-            if self.num_rotations > 1:
-                if not self._unrotated.keys() >= set(self._references):
-                    msg = f"num_rotations={self.num_rotations} needs images: tokens that are stored cannot be rotated."
+            if self.num_rotations > 1 or (self.num_shifts > 1 and self.num_stored > 1):
+                if not self._uncopied.keys() >= set(self._references):
+                    name = "num_rotations" if self.num_rotations > 1 else "num_shifts"
+                    msg = (
+                        f"{name}={getattr(self, name)} needs images: tokens alone have no copies. Pass images "
+                        f"in training mode, or give {name}=1."
+                    )
                     raise ValueError(msg)
-                self._add_rotated()
-                copies = [self.rotated(*self._unrotated.pop(number)) for number in self._references]
+                for number in tqdm(list(self._uncopied), "copies of normal images", unit="image", delay=3):
+                    of_image = self.copies(*self._uncopied.pop(number))
+                    if number in self._references:
+                        copies.append(of_image)
+                    else:
+                        self._add_copies(number, of_image)
         with torch.inference_mode(mode=False), torch.no_grad(), full_precision(device):
             if self.text_weight > 0:
                 ensembles = prompts(class_name, self.normal_prompts, self.anomalous_prompts)
@@ -576,7 +630,9 @@ class LAKEModel(nn.Module):
                 for window, (scale, bank) in enumerate(zip(self.scales, banks, strict=True)):
                     averaged = neurons.normalize(average_neighbors(projected, self._grid, scale))
                     of_window = [of_image[layer][window] for of_image in copies] or None
-                    bank.fit(averaged, self._grid, stride_of(scale), self._references, of_window)
+                    bank.fit(
+                        averaged, self._grid, stride_of(scale), self._references, of_window, times=self.num_rotations
+                    )
                     if self.own_weight > 0:
                         own_image = self.own_images[layer][window]
                         own_image.fit(averaged, self._grid, stride_of(scale), least=bank.distance_scale)
@@ -627,7 +683,7 @@ def _text_side(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: value for key, value in state.items() if not key.startswith("visual.")}
 
 
-def _of_all_angles(copies: list[Copies]) -> Copies:
-    """Those of all angles in one."""
+def _of_all_views(copies: list[Copies]) -> Copies:
+    """Those of all views in one."""
     tokens, patches = zip(*copies, strict=True)
     return torch.cat(tokens), torch.cat(patches)

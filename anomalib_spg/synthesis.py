@@ -17,6 +17,8 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 SHAPES = ("blob", "ellipse", "scratch", "speckle", "perlin")
 CONTENTS = ("foreign", "paste", "smear", "grain", "tone", "contrast")
+# Share of the images' range that is no change.
+UNCHANGED = 1e-6
 
 
 class AnomalySynthesizer:
@@ -80,7 +82,8 @@ class AnomalySynthesizer:
                 each other as foreign texture.
 
         Returns:
-            tuple[torch.Tensor, torch.Tensor]: Images with anomalies ``(B, C, H, W)`` and boolean masks ``(B, H, W)``.
+            tuple[torch.Tensor, torch.Tensor]: Images with anomalies ``(B, C, H, W)`` and boolean masks ``(B, H, W)`` of
+            what has changed; nothing has where an anomaly is as white as what it is drawn on.
         """
         low, high = images.amin(), images.amax()
         drawn, masks = [], []
@@ -94,7 +97,10 @@ class AnomalySynthesizer:
                     mask |= new
             drawn.append(image)
             masks.append(mask)
-        return torch.stack(drawn).clamp(low, high), torch.stack(masks)
+        result = torch.stack(drawn).clamp(low, high)
+        # White drawn on white is no anomaly; of uniform images rounding alone remains.
+        changed = (result - images).abs().amax(dim=1) > UNCHANGED * torch.maximum(high - low, high.abs())
+        return result, torch.stack(masks) & changed
 
     def _draw(self, image: torch.Tensor, foreign: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         height, width = image.shape[-2:]

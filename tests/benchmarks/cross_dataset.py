@@ -8,6 +8,7 @@
     python -m tests.benchmarks.cross_dataset published
     python -m tests.benchmarks.cross_dataset lake
     python -m tests.benchmarks.cross_dataset neighbors
+    python -m tests.benchmarks.cross_dataset shifts
     python -m tests.benchmarks.cross_dataset rarity
     python -m tests.benchmarks.cross_dataset atoms
 
@@ -36,7 +37,18 @@ from anomalib_spg.components.backbone import Tokens
 from anomalib_spg.quickstart import BACKBONE
 from anomalib_spg.synthesis import AnomalySynthesizer
 from anomalib_spg.token_store import TokenStore
-from tests.benchmarks.lake_accuracy import BLOCKS, GRID, Source, anomaly_dino, backbone, lake, patchcore, read, tokens
+from tests.benchmarks.lake_accuracy import (
+    BLOCKS,
+    GRID,
+    Source,
+    anomaly_dino,
+    backbone,
+    lake,
+    normal_images,
+    patchcore,
+    read,
+    tokens,
+)
 from tests.textures import CATEGORIES, VISA_CATEGORIES, make_mvtec, make_visa
 
 BLOCK = 6
@@ -49,8 +61,8 @@ Rates = tuple[float, float, float, float]
 class Category(Source):
     """A category's tokens, rated by four metrics."""
 
-    def __init__(self, stored: dict[str, torch.Tensor], norm: torch.nn.Module) -> None:
-        super().__init__(stored, norm)
+    def __init__(self, stored: dict[str, torch.Tensor], vit: torch.nn.Module, images: torch.Tensor) -> None:
+        super().__init__(stored, vit, images)
         self.drawn, self.drawn_masks = stored["drawn"], stored["drawn_masks"]  # views of the training images
 
     def rate(self, scores: torch.Tensor, maps: torch.Tensor) -> Rates:  # type: ignore[override]
@@ -88,7 +100,8 @@ def collect(data: Path, cache: Path) -> dict[str, dict[str, Category]]:
                 stored["drawn"] = torch.cat([tokens(model, image) for image in tqdm(drawn, f"{category}, drawn")])
                 torch.save(stored, file)
             stored = torch.load(file, mmap=True, weights_only=True)
-            datasets[dataset][category] = Category(stored, model.model.backbone.vit.norm)
+            images = normal_images(model, root / category)
+            datasets[dataset][category] = Category(stored, model.model.backbone.vit, images)
     return datasets
 
 
@@ -127,7 +140,9 @@ def test(model: SPGModel, category: Category, **options) -> Rates:
 def main() -> None:  # noqa: C901  # a line for each row
     """Print the table asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["methods", "choices", "published", "lake", "neighbors", "rarity", "atoms"])
+    parser.add_argument(
+        "table", choices=["methods", "choices", "published", "lake", "neighbors", "shifts", "rarity", "atoms"]
+    )
     parser.add_argument("--data", type=Path, default=Path("quickstart"))
     parser.add_argument("--cache", type=Path, default=Path("cross_dataset_tokens"))
     parser.add_argument("--seeds", type=int, default=3)
@@ -178,7 +193,7 @@ def main() -> None:  # noqa: C901  # a line for each row
         return rate
 
     def few(shots: int, **options) -> Callable:
-        return each(lambda c, s: lake(c, c.train[c.draw(shots, s)], s, **options))
+        return each(lambda c, s: lake(c, shots, s, **options))
 
     if arguments.table == "methods":
         row("SPG, labelled auxiliary data", spg())
@@ -186,7 +201,7 @@ def main() -> None:  # noqa: C901  # a line for each row
         row("SPG, anomalies drawn on the auxiliary data's good images", spg(drawn=True))
         row("SPG, anomalies drawn on 16 good images of the target", spg(own=True))
         for shots in (1, 4):
-            row(f"LAKE, {shots} shots", each(lambda c, s, n=shots: lake(c, c.train[c.draw(n, s)], s)))
+            row(f"LAKE, {shots} shots", few(shots))
         for shots in (1, 4):
             row(f"AnomalyDINO, {shots} shots", each(lambda c, s, n=shots: anomaly_dino(c, n, s)))
             row(f"PatchCore, full bank, {shots} shots", each(lambda c, s, n=shots: patchcore(c, n, s, None)))
@@ -201,6 +216,10 @@ def main() -> None:  # noqa: C901  # a line for each row
             for count in counts:
                 scoring = {"num_neighbors": count, "own_weight": weight}
                 row(f"{shots} shots, num_neighbors {count}, own_weight {weight}", few(shots, scoring=scoring))
+    elif arguments.table == "shifts":
+        for shots in (2, 4, 16):
+            for count in (1, 2):
+                row(f"{shots} shots, num_shifts {count}", few(shots, scoring={"num_shifts": count}))
     elif arguments.table == "lake":
         for shots in (1, 4):
             row(f"default, {shots} shots", few(shots))

@@ -58,7 +58,7 @@ from tqdm import tqdm
 
 import anomalib_lake
 import anomalib_spg
-from anomalib_lake import LAKE, LAKEModel
+from anomalib_lake import LAKE
 from anomalib_lake.torch_model import joined
 from anomalib_spg import SPG
 from anomalib_spg.components.held_out import choose
@@ -71,7 +71,7 @@ from anomalib_spg.quickstart import BACKBONE
 from anomalib_spg.synthesis import AnomalySynthesizer
 from tests import objects
 from tests.benchmarks import cross_dataset, lake_accuracy
-from tests.benchmarks.lake_accuracy import BLOCKS, DEFAULT, GRID, backbone, tokens
+from tests.benchmarks.lake_accuracy import BLOCKS, DEFAULT, GRID, Remembering, backbone, tokens
 from tests.textures import DEFECTS, draw_defect, photo
 
 METHODS = ("LAKE", "SPG", "PatchCore", "AnomalyDINO")
@@ -147,7 +147,11 @@ class Parts(cross_dataset.Category):
     """A dataset's tokens; rated by nothing, so that scores and maps come back."""
 
     def __init__(
-        self, images: torch.Tensor, norm: torch.nn.Module, anomalies: Callable[[], dict[str, torch.Tensor]]
+        self,
+        images: torch.Tensor,
+        vit: torch.nn.Module,
+        normal: torch.Tensor,
+        anomalies: Callable[[], dict[str, torch.Tensor]],
     ) -> None:
         shown = {
             "train": images[:COUNT],
@@ -157,7 +161,7 @@ class Parts(cross_dataset.Category):
             "drawn": torch.zeros(0),
             "drawn_masks": torch.zeros(0),
         }
-        super().__init__(shown, norm)
+        super().__init__(shown, vit, normal)
         self.anomalies = anomalies  # what :func:`prepare_drawn` gave
 
     def rate(self, scores: torch.Tensor, maps: torch.Tensor) -> InferenceBatch:  # type: ignore[override]  # noqa: PLR6301
@@ -171,10 +175,12 @@ Predictions = dict[str, InferenceBatch]  # of all images, of "own" ones that are
 def lake(parts: Parts, shots: int, draw: int, num_neighbors: int = 1, perlin: bool = False) -> Predictions:
     """LAKE's own predictions of all images, or of anomalib's drawn anomalies; "own": of normal images by the others."""
     torch.manual_seed(draw)
-    model = LAKEModel(BACKBONE, pre_trained=False, num_neighbors=num_neighbors).eval()
-    for image in parts.train[parts.draw(shots, draw)]:
-        model.store({block: image[None, BLOCKS.index(block)].float() for block in DEFAULT}, GRID, (448, 448))
+    model = Remembering(BACKBONE, pre_trained=False, num_neighbors=num_neighbors)
+    model.backbone.vit = parts.vit
+    with torch.no_grad():
+        model.train()(parts.images[parts.draw(shots, draw)])
     own, images = model.fit(), parts.anomalies()["perlin"] if perlin else parts.test
+    model.eval()
     by_block = ({block: image[None, BLOCKS.index(block)].float() for block in DEFAULT} for image in images)
     found = joined([model.score(tokens, GRID, (448, 448)) for tokens in by_block])
     results = {"own": own, "perlin" if perlin else "images": found}
@@ -256,7 +262,10 @@ class Experiment:
                 torch.save(prepare_drawn(name, self.data, images), drawn)
             return torch.load(drawn, mmap=True, weights_only=True)
 
-        return Parts(images, backbone(self.data).model.backbone.vit.norm, anomalies)
+        model = backbone(self.data)
+        normal = torch.stack([model.pre_processor.transform(image) for image in pictures(name, self.data)[:COUNT]])
+        Remembering.seen.clear()
+        return Parts(images, model.model.backbone.vit, normal, anomalies)
 
     def predict(self, method: Method, name: str, count: int, draw: int) -> Predictions:
         """A method's predictions, computed or read from a former run."""

@@ -23,7 +23,7 @@ def build(**arguments: Any) -> LAKE:
     """A small model with random weights, the same each time."""
     torch.manual_seed(0)
     small = {"backbone": TINY, "pre_trained": False, "image_size": 64, "num_neurons": 20, "seed": 0}
-    return LAKE(**{**small, "k_shot": 2, "visualizer": False, **arguments})
+    return LAKE(**{**small, "k_shot": 2, "num_shifts": 1, "visualizer": False, **arguments})
 
 
 def torch_model(images: torch.Tensor, **arguments: Any) -> LAKEModel:

@@ -292,7 +292,7 @@ def test_rotations_know_the_shape_of_the_files(steps: list, aspects: list[float]
         Image.effect_noise(size, 60).convert("RGB").save(source / f"{index}.png")
     pre_processor = PreProcessor(Compose([*steps, Normalize([0.5] * 3, [0.5] * 3)]))
     model = build(few_shot_source=source, num_rotations=3, pre_processor=pre_processor)
-    with patch.object(model.model, "rotated", wraps=model.model.rotated) as rotated:
+    with patch.object(model.model, "copies", wraps=model.model.copies) as rotated:
         engine(tmp_path / "run").train(model=model, datamodule=data(mvtec))
     found = [call.args[1] for call in rotated.call_args_list]
     assert found == pytest.approx(aspects)

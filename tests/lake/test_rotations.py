@@ -20,6 +20,7 @@ TINY = "vit_tiny_patch16_224"
 def build(**arguments: object) -> LAKEModel:
     """A model of one layer and single patches, compared with the bank alone."""
     given = {"layers": [5], "scales": [1], "num_neurons": 20, "bank_size": None, "own_weight": 0, "top_patches": 1}
+    given["num_shifts"] = 1
     torch.manual_seed(0)
     return LAKEModel(TINY, pre_trained=False, image_size=(64, 64), **{**given, **arguments})
 

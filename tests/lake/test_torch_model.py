@@ -15,7 +15,7 @@ from anomalib_lake.text import embed_prompts, prompts, read_checkpoint, text_tow
 from tests.helpers import TINY, TINY_CLIP
 
 TINY_MODEL = LAKEModel(TINY, layers=[2, 3], pre_trained=False)
-PAPER = {"own_weight": 0, "top_patches": 1}  # the bank alone, and the maximum
+PAPER = {"own_weight": 0, "top_patches": 1, "num_shifts": 1}  # the bank alone, and the maximum
 
 
 def fitted(images: torch.Tensor, *names: str, **arguments: object) -> LAKEModel:
@@ -93,7 +93,7 @@ def own_by_hand(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 def test_own_image_and_top_patches() -> None:
     """By default 0.7 of the deviation from the bank, 0.3 of that from the own image; the mean of three patches."""
     normal, images = torch.randn(2, 3, 128, 96), torch.randn(3, 3, 128, 96)
-    model = fitted(normal, layers=[3], scales=[1])
+    model = fitted(normal, layers=[3], scales=[1], num_shifts=1)
     channels = model.neurons[0].indices
     with torch.no_grad():
         train, test = (
@@ -109,7 +109,7 @@ def test_own_image_and_top_patches() -> None:
 def test_scores_of_the_normal_images() -> None:
     """One image against the other, corrected for the smaller bank; its own part needs no correction."""
     normal = torch.randn(2, 3, 128, 96)
-    model = LAKEModel(TINY, pre_trained=False, num_neurons=20, layers=[3], scales=[1])
+    model = LAKEModel(TINY, pre_trained=False, num_neurons=20, layers=[3], scales=[1], num_shifts=1)
     model.train()(normal)
     result = model.fit()
     with torch.no_grad():
@@ -264,7 +264,7 @@ def test_batches_do_not_matter(batches: list[int], small_sample: int) -> None:
     """However the images come, the model is the same; so it is when it learns them again."""
     images = torch.randn(14, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     tokens, grid = TINY_MODEL.tokens(images)
-    model = LAKEModel(TINY, layers=[2, 3], pre_trained=False, num_neurons=20, bank_size=40)
+    model = LAKEModel(TINY, layers=[2, 3], pre_trained=False, num_neurons=20, bank_size=40, num_shifts=1)
     states = []
     for parts in (batches, [5, 9]):
         for part in zip(*(stored.split(parts) for stored in tokens.values()), strict=True):
@@ -281,7 +281,7 @@ def test_batches_do_not_matter(batches: list[int], small_sample: int) -> None:
 
 def test_memory_does_not_grow(small_sample: int) -> None:
     """What is held between two images, and at most what was said."""
-    model = LAKEModel(TINY, layers=[2, 3], pre_trained=False, num_neurons=20, bank_size=40)
+    model = LAKEModel(TINY, layers=[2, 3], pre_trained=False, num_neurons=20, bank_size=40, num_shifts=1)
     held = []
     for _ in range(40):
         model.store({layer: torch.randn(1, 16, 192) for layer in (2, 3)}, (4, 4), (64, 64))

@@ -78,3 +78,19 @@ def test_bad_arguments(arguments: dict) -> None:
     """Unknown kinds and empty ranges."""
     with pytest.raises(ValueError, match="choose from|rising ranges|max_anomalies=0"):
         AnomalySynthesizer(**arguments)
+
+
+def test_what_changes_nothing_is_no_anomaly() -> None:
+    """On a white ground much of what is drawn is as white; of uniform images rounding alone remains."""
+    images = torch.ones(8, 3, 64, 64)
+    images[:, :, 20:45, 20:45] = 0
+    drawn, masks = AnomalySynthesizer(probability=1.0)(images)
+    changed = (drawn - images).abs().amax(dim=1)
+    assert (changed[masks] > 0).all()
+    assert masks.any()
+    white = AnomalySynthesizer(probability=1.0, contents=("tone", "paste"), shapes=("blob",))
+    unchanged = [int((~white(images)[1].flatten(1).any(dim=1)).sum()) for _ in range(10)]
+    assert sum(unchanged) > 0  # of 80 images
+    for level in (0.0, 0.2):
+        _, masks = AnomalySynthesizer(probability=1.0)(torch.full((4, 3, 64, 64), level))
+        assert not masks.any()
