@@ -230,6 +230,10 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         self._is_fitted = torch.tensor([guides_file is not None])
         self._learned: AnomalibDataset | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Keep the dataset of a fit that failed out of an exported model, too."""
+        return super().__getstate__() | {"_learned": None}
+
     def setup(self, stage: str) -> None:
         """Seed, refuse an empty training set, and hold good images out.
 
