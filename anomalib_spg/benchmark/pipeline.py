@@ -51,12 +51,14 @@ from anomalib.utils.config import flatten_dict
 from anomalib.utils.logging import LoggerRedirectError, hide_output
 from jsonargparse import ArgumentParser, Namespace
 from lightning import seed_everything
+from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_spg.components.backbone import Backbone
 from anomalib_spg.components.evaluator import benchmark_evaluator
 from anomalib_spg.components.files import atomic_write
 from anomalib_spg.components.post_processor import GoodPartsPostProcessor
 from anomalib_spg.components.raw_scores import RawScorePostProcessor
+from anomalib_spg.datamodule import set_up
 from anomalib_spg.settings import GuideSettings
 
 from .cluster import Cluster, Outcome, Task
@@ -112,6 +114,8 @@ class BenchmarkJob(Job):
         start = time.time()
         seed_everything(self.config["seed"], workers=True)
         model, datamodule = self._build_model(), get_datamodule(self.config["data"])
+        datamodule.prepare_data()
+        set_up(datamodule, TrainerFn.FITTING, self.config["seed"])  # so that all models have the same splits
         trainer = self.config["model"].get("trainer", {})
         taken = sorted({"accelerator", "devices", "default_root_dir", "callbacks"} & set(trainer))
         if taken:
