@@ -92,7 +92,8 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         cls_weight (float): Weight of the score by the pooled token against that of the map. Defaults to 0 (paper).
         own_weight (float): Weight of a patch's rarity in its own image beside the guides; costs no training. Defaults
             to 0 (paper). 8 is advice for textures and for guides from other products (ours): see the README.
-        memory_limit (float): Most memory stored tokens and masks may take, in GiB. Defaults to 16 (ours).
+        memory_limit (float): Most memory stored tokens and masks may take, in GiB, in all processes of a machine
+            together. Defaults to 16 (ours).
         tokens_dir (str | Path | None): Folder where they go when they need more. A run deletes its own once the
             guides are saved; if it is interrupted, the same command goes on from what it left. ``None`` refuses
             instead. Defaults to ``"tokens"`` (ours).
@@ -300,7 +301,13 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         backbone = self.model.backbone
         size = self.input_size or backbone.image_size
         self.model.store = store = TokenStore.fitting(
-            backbone, total, size, self.memory_limit, self.tokens_dir, self._tokens_identity(dataset)
+            backbone,
+            total,
+            size,
+            self.memory_limit,
+            self.tokens_dir,
+            self._tokens_identity(dataset),
+            self.trainer.num_devices,  # each has a process
         )
         place = f"in {store.path}, with {len(store)} images there already" if store.path else "in memory"
         logger.info(

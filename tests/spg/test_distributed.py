@@ -17,7 +17,7 @@ from anomalib_spg import GuideSettings
 from anomalib_spg.components.backbone import Tokens
 from anomalib_spg.guides import Guides, train_guides
 from anomalib_spg.sae import TopKSAE, train_sae
-from anomalib_spg.token_store import TokenStore
+from anomalib_spg.token_store import TokenStore, memory_need
 from tests.helpers import REPOSITORY, data, engine, make_mvtec, run_command
 from tests.lake.test_lightning_model import build as build_lake
 from tests.spg.test_lightning_model import build
@@ -144,6 +144,17 @@ def test_processes_that_divide_the_images_differently(mvtec: Path, tmp_path: Pat
         pytest.raises(ValueError, match=r"2 processes have divided the images differently.*--data\.seed"),
     ):
         engine(tmp_path).fit(model=build(), datamodule=data(mvtec))
+
+
+def test_the_memory_limit_counts_all_processes(mvtec: Path, tmp_path: Path) -> None:
+    """Of a machine: each knows its own share of the images."""
+    model = build(tokens_dir=None)
+    model.memory_limit = 1.5 * memory_need(model.model.backbone, 8, (64, 64)) / 2**30
+    with (
+        patch("lightning.pytorch.Trainer.num_devices", new_callable=PropertyMock, return_value=2),
+        pytest.raises(MemoryError, match="tokens of 16 images of 64x64 need"),
+    ):
+        engine(tmp_path).fit(model=model, datamodule=data(mvtec))
 
 
 def test_all_processes_hold_out_the_same_images(tmp_path: Path) -> None:
