@@ -354,7 +354,7 @@ def read_guides(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, An
         raise ValueError(msg) from exception
     if header.pop("format", None) != FILE_FORMAT:
         msg = (
-            f"'{path}' is a safetensors file but holds no SPG guides. Pass model weights as weights=, not guides=."
+            f"'{path}' is a safetensors file but holds no SPG guides. Pass model weights as weights=, not guides_file=."
         )
         raise ValueError(msg)
     version = header.pop("version", None)

@@ -190,7 +190,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Cannot read.*text\.safetensors"):
         read_guides(tmp_path / "text.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "weights.safetensors")
-    with pytest.raises(ValueError, match="holds no SPG guides"):
+    with pytest.raises(ValueError, match=r"holds no SPG guides\. Pass model weights as weights=, not guides_file="):
         read_guides(tmp_path / "weights.safetensors")
     header = {"format": "anomalib_spg.guides", "version": "9", "layers": json.dumps([1])}
     save_file({"a": torch.zeros(1)}, tmp_path / "new.safetensors", metadata=header)
