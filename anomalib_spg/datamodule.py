@@ -3,6 +3,7 @@
 """Train on the labelled images of one dataset, validate and test on another."""
 
 import logging
+import random
 from contextlib import nullcontext
 from importlib import import_module
 from inspect import signature
@@ -10,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import anomalib.data
+import numpy as np
 import pandas as pd
+import torch
 from anomalib import TaskType
 from anomalib.data import AnomalibDataModule, AnomalibDataset
 from anomalib.data.utils import LabelName, TestSplitMode, ValSplitMode
+from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
 
 logger = logging.getLogger(__name__)
@@ -37,7 +41,8 @@ class AuxiliaryTarget(AnomalibDataModule):
         train_batch_size (int): Images per batch through the backbone; does not change what is learned. Defaults to 16.
         eval_batch_size (int): Batch size for validation and testing. Defaults to 16.
         num_workers (int): Worker processes that read images. Defaults to 8.
-        seed (int | None): Passed to both datamodules. Defaults to ``None``.
+        seed (int | None): Seed of both datamodules' random splits, unless their arguments have one. ``None`` takes the
+            process's. Defaults to ``None``.
 
     Raises:
         ValueError: If a datamodule is unknown, an anomalous auxiliary image has no mask or one of another size, all of
@@ -74,14 +79,14 @@ class AuxiliaryTarget(AnomalibDataModule):
             seed=seed,
         )
         self._name = f"{auxiliary}_to_{target}"
-        self.target = build_datamodule(target, {**(target_args or {}), "seed": seed})
+        self.target = build_datamodule(target, {"seed": seed, **(target_args or {})})
         self.category = self.target.category
         categories = [auxiliary_categories] if isinstance(auxiliary_categories, str) else auxiliary_categories
         if not categories:
             msg = "auxiliary_categories=[] names no category. Give one or several, or 'all'."
             raise ValueError(msg)
         accepted = signature(datamodule_class(auxiliary)).parameters
-        arguments = {**(auxiliary_args or {}), "seed": seed}
+        arguments = {"seed": seed, **(auxiliary_args or {})}
         if "val_split_mode" in accepted:
             arguments["val_split_mode"] = ValSplitMode.SAME_AS_TEST  # their test set must stay whole
         if "test_split_mode" in accepted:
@@ -108,7 +113,7 @@ class AuxiliaryTarget(AnomalibDataModule):
 
     def _setup(self, _stage: str | None = None) -> None:
         for datamodule in [*self.auxiliaries, self.target]:
-            set_up(datamodule)
+            set_up(datamodule, seed=self.seed)
         self.train_data = _concatenate([evaluated_images(datamodule) for datamodule in self.auxiliaries])
         _check(self.train_data)
         if hasattr(self.target, "val_data"):  # a target may have none: val_split_mode="none"
@@ -168,8 +173,8 @@ def build_datamodule(name: str, arguments: dict[str, Any]) -> AnomalibDataModule
         raise ValueError(msg) from exception
 
 
-def set_up(datamodule: AnomalibDataModule, stage: str | None = None) -> None:
-    """Set up a datamodule, also with pandas 3.
+def set_up(datamodule: AnomalibDataModule, stage: str | None = None, seed: int | None = None) -> None:
+    """Set up a datamodule, with splits that depend on a seed alone, and also with pandas 3.
 
     There a column of texts has a type of its own, which takes neither lists nor ``None`` and equals no member of an
     enumeration: anomalib 2.7 would find no image of AutoVI and fail on MVTec LOCO and MVTec AD 2.
@@ -177,10 +182,22 @@ def set_up(datamodule: AnomalibDataModule, stage: str | None = None) -> None:
     Args:
         datamodule (AnomalibDataModule): Datamodule.
         stage (str | None): Stage of the trainer.
+        seed (int | None): Seed of its random splits and drawn anomalies where it has none. ``None`` is the process's,
+            ``torch.initial_seed``, whatever else was drawn before.
     """
     has_texts = int(pd.__version__.partition(".")[0]) >= 3
-    with pd.option_context({"future.infer_string": False}) if has_texts else nullcontext():
+    own = datamodule.seed
+    datamodule.seed = next(each for each in (own, seed, torch.initial_seed()) if each is not None)
+    with (
+        isolate_rng(include_cuda=False),
+        pd.option_context({"future.infer_string": False}) if has_texts else nullcontext(),
+    ):
+        # Drawn anomalies take no seed. The CPU's generator alone, as torch.manual_seed would start CUDA.
+        torch.default_generator.manual_seed(datamodule.seed)
+        np.random.seed(datamodule.seed % 2**32)  # noqa: NPY002  # anomalib draws from it
+        random.seed(datamodule.seed)
         datamodule.setup(stage)
+    datamodule.seed = own
 
 
 def evaluated_images(datamodule: AnomalibDataModule) -> AnomalibDataset:

@@ -28,8 +28,8 @@ class FewShot(AnomalibDataModule):
             datamodule, which a config gives as ``class_path`` and ``init_args``.
         target_args (dict[str, Any] | None): Its arguments, where ``target`` is a name.
         k_shot (int | None): Normal images to learn from, ``None`` for all. Defaults to 4 (ours).
-        seed (int | None): Seed of the draw. ``None`` takes the process's, which the benchmark sets to a job's
-            ``seed``. Defaults to ``None``.
+        seed (int | None): Seed of the draw, and of the datamodule's random splits unless it has one. ``None`` takes
+            the process's, which the benchmark sets to a job's ``seed``. Defaults to ``None``.
 
     Attributes:
         target (AnomalibDataModule): The datamodule.
@@ -88,7 +88,7 @@ class FewShot(AnomalibDataModule):
         self.target.prepare_data()
 
     def _setup(self, stage: str | None = None) -> None:
-        set_up(self.target, stage)
+        set_up(self.target, stage, self.seed)
         training_set = getattr(self.target, "train_data", None)
         if training_set is None:
             msg = f"Datamodule {self.name} has no training set to draw normal images from. Choose another target."

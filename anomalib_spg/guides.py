@@ -353,7 +353,9 @@ def read_guides(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, An
         )
         raise ValueError(msg) from exception
     if header.pop("format", None) != FILE_FORMAT:
-        msg = f"'{path}' is a safetensors file but holds no SPG guides. Pass model weights as weights=, not guides=."
+        msg = (
+            f"'{path}' is a safetensors file but holds no SPG guides. Pass model weights as weights=, not guides_file=."
+        )
         raise ValueError(msg)
     version = header.pop("version", None)
     if version != FILE_VERSION:
@@ -371,6 +373,24 @@ def read_guides(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, An
         msg = f"The guides file '{path}' is damaged: {fault}. Copy it again, or train SPG again."
         raise ValueError(msg)
     return tensors, metadata
+
+
+def learned_images(metadata: Mapping[str, Any]) -> frozenset[str]:
+    """Digests of the good images that guides were learned from.
+
+    Args:
+        metadata (Mapping[str, Any]): Metadata of a guides file.
+
+    Returns:
+        frozenset[str]: See :func:`.normal_images.short_digest`; none where they are not recorded.
+
+    Example:
+        >>> sorted(learned_images({"trained_on": {"digests": ["0a1b2c3d"]}})), sorted(learned_images({}))
+        (['0a1b2c3d'], [])
+    """
+    trained_on = metadata.get("trained_on")
+    digests = trained_on.get("digests") if isinstance(trained_on, dict) else None
+    return frozenset(map(str, digests)) if isinstance(digests, list) else frozenset()
 
 
 def guides_fault(tensors: Mapping[str, torch.Tensor]) -> str | None:
@@ -402,16 +422,21 @@ def _layer_fault(
     count, dim = len(indices) if indices.ndim else 0, vectors.shape[-1] if vectors.ndim else 0
     if shapes != [(count, dim), (count,), (4, count), (4, dim)]:
         return f"the shapes {dict(zip(BUFFERS, shapes, strict=True))} do not fit together"
+    if not dim:
+        return "the vectors have no width"
     if indices.is_floating_point() or not all(x.is_floating_point() for x in (atoms, coefficients, vectors)):
         return "a tensor has the wrong type"
     atoms, coefficients, vectors = (tensor.float() for tensor in (atoms, coefficients, vectors))
-    if not all(tensor.isfinite().all() for tensor in (atoms, coefficients, vectors)):
-        return "there are numbers that are not finite"
-    if (coefficients < 0).any() or (indices < 0).any():
-        return "there are negative coefficients or atom indices"
-    if (coefficients @ atoms - vectors).abs().max() > 1e-2 * vectors.abs().max():  # coarse, for half precision
-        return "the vectors are not the sums of their atoms"
-    return None
+    apart = (coefficients @ atoms - vectors).abs().max()
+    faults = {
+        "there are numbers that are not finite": any(not x.isfinite().all() for x in (atoms, coefficients, vectors)),
+        "there are negative coefficients or atom indices": (coefficients < 0).any() or (indices < 0).any(),
+        "the vectors are not the sums of their atoms": apart > 1e-2 * vectors.abs().max(),  # coarse, for half precision
+        "there are atoms that have not length 1": ((atoms.norm(dim=1) - 1).abs() > 1e-2).any(),
+        "both guides of the patches are zero, so that every patch would get the same score": count > 0
+        and not vectors[2:].any(),
+    }
+    return next((fault for fault, found in faults.items() if found), None)
 
 
 def _metadata_fault(metadata: dict[str, Any], layers: int) -> str | None:

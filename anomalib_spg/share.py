@@ -127,18 +127,19 @@ def write_folder(
         if examples.learned != digest(learned):
             msg = f"'{examples_file}' belongs to another training than '{guides_file}'. Leave it out, or give its own."
             raise ValueError(msg)
-        with atomic_write(folder / EXAMPLES) as temporary:
-            shutil.copyfile(examples_file, temporary)
-    with atomic_write(folder / GUIDES) as temporary:
-        shutil.copyfile(local_file(guides_file), temporary)
-    figures = []
+    figures = {}
     if examples is not None:  # without patches atoms are mere numbers
         for block, guides in zip(metadata.get("layers", range(len(learned.guides))), learned.guides, strict=True):
-            figures.append(f"guides_block{block}.jpg")
-            figure = plot_guides(guides, block, examples)
-            figure.savefig(folder / figures[-1], dpi=90, pil_kwargs={"quality": 85})
+            figures[f"guides_block{block}.jpg"] = plot_guides(guides, block, examples)
     front = _front_matter(metadata, repository, licence, metrics, tested_on)
-    body = _body(metadata, learned, repository, licence, examples, metrics, tested_on, figures)
+    body = _body(metadata, learned, repository, licence, examples, metrics, tested_on, list(figures))
+    # From here on there is a folder: what fails above leaves none, so that the command can be given again.
+    for source, name in ((examples_file, EXAMPLES), (local_file(guides_file), GUIDES)):
+        if source is not None:
+            with atomic_write(folder / name) as temporary:
+                shutil.copyfile(source, temporary)
+    for name, figure in figures.items():
+        figure.savefig(folder / name, dpi=90, pil_kwargs={"quality": 85})
     with atomic_write(folder / CARD) as temporary:
         temporary.write_text(f"---\n{front}\n---\n\n{body}", encoding="utf-8")
     return folder
@@ -238,13 +239,16 @@ def commands(address: str, name: str = "my_part") -> str:
     )
 
 
-def _learned_on(trained_on: dict[str, Any]) -> str:
-    """In words what :meth:`SPG.fit` records."""
-    names = [str(trained_on[key]) for key in ("dataset", "category") if trained_on.get(key)]
-    categories = ", ".join(trained_on.get("categories") or ())
+def _learned_on(trained_on: Any) -> str:  # noqa: ANN401  # whatever a file holds
+    """In words what :meth:`SPG.fit` records; others may have recorded other things."""
+    known = trained_on if isinstance(trained_on, dict) else {}
+    names = " ".join(str(known[key]) for key in ("dataset", "category") if known.get(key))
+    categories = known.get("categories") or ()
+    listed = categories if isinstance(categories, list | tuple) else [categories]
     kind = {"labelled": "labelled by people", "synthetic": "all good, anomalies drawn on them"}
-    images = f"{trained_on['images']} images, {kind.get(trained_on.get('labels', ''), '')}" if trained_on else ""
-    return "; ".join(filter(None, [" ".join(names), categories, images.rstrip(", ")])) or "not recorded"
+    images = [f"{known['images']} images"] if known.get("images") else []
+    images += filter(None, [kind.get(str(known.get("labels")))])
+    return "; ".join(filter(None, [names, ", ".join(map(str, listed)), ", ".join(images)])) or "not recorded"
 
 
 def _on_the_hub(backbone: str) -> str | None:

@@ -38,6 +38,7 @@ class TokenStore:
         identity (dict[str, Any] | None): Plain data that determines the tokens: backbone, layers, image size, data.
             Its hash names the subfolder. Defaults to ``None``.
         memory_limit (float): Maximum memory in GiB, where everything is kept in memory. Defaults to 16 (ours).
+        processes (int): Processes on this machine that store as much each; the limit is for all of them. Defaults to 1.
 
     Attributes:
         patches (list[list[torch.Tensor]]): Patch tokens ``(N, D)`` of every image, by layer.
@@ -60,9 +61,11 @@ class TokenStore:
         folder: str | Path | None = None,
         identity: dict[str, Any] | None = None,
         memory_limit: float = 16.0,
+        processes: int = 1,
     ) -> None:
         self._forget()
         self.memory_limit = memory_limit
+        self.processes = processes
         self.path: Path | None = None
         self._lock: Any = None
         if folder is None:
@@ -84,16 +87,18 @@ class TokenStore:
         memory_limit: float = 16.0,
         folder: str | Path | None = None,
         identity: dict[str, Any] | None = None,
+        processes: int = 1,
     ) -> "TokenStore":
         """Open a store for the tokens of a number of images: in memory if they fit, else on disk.
 
         Args:
             backbone (Backbone): Backbone whose tokens will be stored.
-            num_images (int): Images, or drawn views of images.
+            num_images (int): Images, or drawn views of images, of this process.
             image_size (tuple[int, int]): Their height and width.
             memory_limit (float): Maximum memory in GiB. Defaults to 16 (ours).
             folder (str | Path | None): Folder for tokens that need more. ``None`` raises instead. Defaults to ``None``.
             identity (dict[str, Any] | None): See the class.
+            processes (int): See the class; the disk must have room for all of them, too.
 
         Returns:
             TokenStore: The store, with what an interrupted run has stored.
@@ -102,12 +107,12 @@ class TokenStore:
             MemoryError: If they need more than the memory limit and there is no folder.
             OSError: If the disk of that folder is too small for them.
         """
-        need = memory_need(backbone, num_images, image_size)
-        store = cls(memory_limit=memory_limit)
+        need = memory_need(backbone, num_images * processes, image_size)
+        store = cls(memory_limit=memory_limit, processes=processes)
         if folder is None or need <= memory_limit * GIB:
             store.check_memory(backbone, num_images, image_size)
         else:
-            store = cls(folder, identity, memory_limit)
+            store = cls(folder, identity, memory_limit, processes)
         if folder is not None and num_processes() == 1:  # several know of each other's
             _tell_of_others(Path(folder), store.path)
         if store.path is None or folder is None:
@@ -120,18 +125,20 @@ class TokenStore:
 
         Args:
             backbone (Backbone): Backbone whose tokens are stored.
-            num_images (int): Images, or drawn views of images.
+            num_images (int): Images, or drawn views of images, of this process.
             image_size (tuple[int, int]): Their height and width.
 
         Raises:
             MemoryError: If it does not fit; the message says how much is needed.
         """
+        num_images *= self.processes
         need = memory_need(backbone, num_images, image_size) / GIB
         if self.path is None and need > self.memory_limit:
             msg = (
                 f"The tokens of {num_images} images of {image_size[0]}x{image_size[1]} need {need:.2f} GiB of memory, "
-                f"memory_limit is {self.memory_limit} GiB. Raise it if there is more, keep them on disk with "
-                "tokens_dir, or use fewer images, views or layers, or a smaller image_size."
+                f"memory_limit is {self.memory_limit} GiB for all processes of this machine. Raise it if there is "
+                "more, keep them on disk with tokens_dir, or use fewer images, views or layers, or a smaller "
+                "image_size."
             )
             raise MemoryError(msg)
 

@@ -150,6 +150,10 @@ class SPGModel(nn.Module):
         self.settings: dict[str, Any] = stored.get("settings", {})
         self.seconds: dict[str, float] = {"backbone": 0.0, "sae": 0.0, "guides": 0.0}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Keep tokens, which a fit that failed may have left, out of an exported model."""
+        return {**self.__dict__, "store": TokenStore()}
+
     @property
     def is_fitted(self) -> bool:
         """Whether there are guides, learned or from a file."""

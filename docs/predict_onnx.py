@@ -6,9 +6,10 @@
     python predict_onnx.py results/weights/onnx/model.onnx new/*.png
 
 The file resizes, normalises, finds and decides by itself: it takes the image as it is, of any size. Heatmaps go to the
-folder ``heatmaps``.
+folder ``heatmaps``, under the names of their images and of the folders these lie in.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -19,10 +20,11 @@ from PIL import Image
 
 def main(model: str, *paths: str) -> None:
     """Print the decision on each image, and save its heatmap in the folder ``heatmaps``."""
-    Path("heatmaps").mkdir(exist_ok=True)
+    places = [Path(os.path.normpath(Path(path).absolute())) for path in paths]
+    top = os.path.commonpath([place.parent for place in places] or ["."])
     session = onnxruntime.InferenceSession(model)
     names = [output.name for output in session.get_outputs()]
-    for path in paths:
+    for path, place in zip(paths, places, strict=True):
         picture = Image.open(path)
         if picture.mode[0] in "IF":
             sys.exit(f"{path} has more than 8 bits a pixel. Convert it as the images that the model was fitted on.")
@@ -33,7 +35,9 @@ def main(model: str, *paths: str) -> None:
         print(f"{path}: {decision}, score {result['pred_score'].item():.4f} (threshold 0.5)")
         # The map has the size of the model's input; 0.5 is the threshold of its pixels.
         heatmap = Image.fromarray((result["anomaly_map"].squeeze() * 255).clip(0, 255).astype(np.uint8))
-        heatmap.resize((pixels.shape[1], pixels.shape[0])).save(Path("heatmaps", f"{Path(path).stem}.png"))
+        target = Path("heatmaps", place.relative_to(top).with_name(f"{place.name}.png"))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        heatmap.resize((pixels.shape[1], pixels.shape[0])).save(target)
 
 
 if __name__ == "__main__":

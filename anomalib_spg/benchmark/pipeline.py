@@ -40,6 +40,7 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
+import yaml  # type: ignore[import-untyped]  # its stubs are a package of their own
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import get_datamodule
 from anomalib.engine import Engine
@@ -51,12 +52,14 @@ from anomalib.utils.config import flatten_dict
 from anomalib.utils.logging import LoggerRedirectError, hide_output
 from jsonargparse import ArgumentParser, Namespace
 from lightning import seed_everything
+from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_spg.components.backbone import Backbone
 from anomalib_spg.components.evaluator import benchmark_evaluator
 from anomalib_spg.components.files import atomic_write
 from anomalib_spg.components.post_processor import GoodPartsPostProcessor
 from anomalib_spg.components.raw_scores import RawScorePostProcessor
+from anomalib_spg.datamodule import set_up
 from anomalib_spg.settings import GuideSettings
 
 from .cluster import Cluster, Outcome, Task
@@ -112,6 +115,8 @@ class BenchmarkJob(Job):
         start = time.time()
         seed_everything(self.config["seed"], workers=True)
         model, datamodule = self._build_model(), get_datamodule(self.config["data"])
+        datamodule.prepare_data()
+        set_up(datamodule, TrainerFn.FITTING, self.config["seed"])  # so that all models have the same splits
         trainer = self.config["model"].get("trainer", {})
         taken = sorted({"accelerator", "devices", "default_root_dir", "callbacks"} & set(trainer))
         if taken:
@@ -199,9 +204,8 @@ class BenchmarkJobGenerator(JobGenerator):
         """
         del prev_stage_result
         for accelerator in self.accelerators:
-            for block in args if isinstance(args, list) else [args or {}]:
-                for config in expand(block):
-                    yield BenchmarkJob(accelerator, config, self.output)
+            for config in expand_all(args):
+                yield BenchmarkJob(accelerator, config, self.output)
 
 
 class ResumingRunner(Runner):
@@ -311,13 +315,25 @@ class Benchmark(Pipeline):
             ValueError: If the config is invalid, or what it says cannot be run.
         """
         args = args or self.get_parser().parse_args()
-        config = self._get_args(args)
+        try:
+            config = self._get_args(args)
+        except yaml.YAMLError as exception:
+            msg = f"'{args.config}' is no YAML: {exception}"
+            raise ValueError(msg) from exception
         if not isinstance(config, dict) or not {"accelerator", "benchmark"} <= set(config):
             msg = f"'{args.config}' needs the sections accelerator and benchmark, as configs of `anomalib benchmark`."
             raise ValueError(msg)
         output = Path(args.output or Path("runs/benchmark") / Path(args.config).stem)
         settings = {"output": output, "configs": {Path(args.config).name: config}}
         runners = self._setup_runners({**config, **settings, "engine": args.engine, "workers": args.workers})
+        try:
+            configs = list(expand_all(config["benchmark"]))
+        except ValueError as exception:
+            msg = f"'{args.config}': {exception}"
+            raise ValueError(msg) from exception
+        if not configs or not config["accelerator"]:
+            msg = f"'{args.config}' has no jobs: give accelerator, and in benchmark a block of seed, model and data."
+            raise ValueError(msg)
         _log_to(output / "benchmark.log")
         try:
             for runner in runners:
@@ -346,17 +362,47 @@ class Benchmark(Pipeline):
         return parser
 
 
-def expand(block: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def expand_all(section: Any) -> Iterator[dict[str, Any]]:  # noqa: ANN401  # whatever a file holds
+    """Go through all combinations of the section ``benchmark`` of a config.
+
+    Args:
+        section (Any): A block, or a list of blocks; ``None`` is none.
+
+    Yields:
+        dict[str, Any]: One combination, see :func:`expand`.
+
+    Raises:
+        ValueError: If a block or one of its sections is not what it should be.
+    """
+    for block in section if isinstance(section, list) else [section] if section else []:
+        for config in expand(block):
+            yield {**config, **{name: _named_class(name, config.get(name)) for name in ("model", "data")}}
+
+
+def _named_class(name: str, section: Any) -> dict[str, Any]:  # noqa: ANN401  # whatever a file holds
+    """A section with a ``class_path``, without arguments that were left empty."""
+    if not isinstance(section, dict) or not isinstance(section.get("class_path"), str):
+        msg = f"{name}: {section!r} names no class. Give it a class_path, and its arguments as init_args."
+        raise ValueError(msg)  # noqa: TRY004  # what a file says
+    empty = [part for part in ("init_args", "trainer") if part in section and section[part] is None]
+    for part in ("init_args", "trainer"):
+        if not isinstance(section.get(part) or {}, dict):
+            msg = f"{name}: {part} is {section[part]!r}. Give arguments by name, or leave it out if there are none."
+            raise ValueError(msg)  # noqa: TRY004  # what a file says
+    return {part: value for part, value in section.items() if part not in empty}
+
+
+def expand(block: Any) -> Iterator[dict[str, Any]]:  # noqa: ANN401  # whatever a file holds
     """Go through all combinations of a block's grids, nested ones too.
 
     Args:
-        block (dict[str, Any]): ``seed``, ``model`` and ``data``, each with or without grids.
+        block (Any): ``seed``, ``model`` and ``data``, each with or without grids.
 
     Yields:
         dict[str, Any]: One combination, without grids.
 
     Raises:
-        ValueError: If one of the three is missing.
+        ValueError: If it is no such block, or one of the three is missing.
 
     Example:
         >>> models = [{"class_path": "SPG"}, {"class_path": "LAKE", "init_args": {"k_shot": {"grid": [1, 4]}}}]
@@ -366,6 +412,9 @@ def expand(block: dict[str, Any]) -> Iterator[dict[str, Any]]:
         {'class_path': 'LAKE', 'init_args': {'k_shot': 1}}
         {'class_path': 'LAKE', 'init_args': {'k_shot': 4}}
     """
+    if not isinstance(block, dict):
+        msg = f"A block of the section benchmark is {block!r}, and must have seed, model and data."
+        raise ValueError(msg)  # noqa: TRY004  # what a file says
     missing = [name for name in ("seed", "model", "data") if name not in block]
     if missing:
         msg = f"A block of the section benchmark lacks {' and '.join(missing)}; it has {', '.join(block) or 'nothing'}."

@@ -34,6 +34,9 @@ _CATEGORIES = tuple(
 _SEEDS = ("seed", "model.init_args.seed", "data.init_args.seed")
 # Settings that do not define a method: what is tested on, where it lies, how it is read.
 _NO_METHOD = {"class_path", "category", "name", "target", "root", "eval_batch_size", "num_workers", "seed"}
+# Settings that may belong to a product, in folders of its own: only two values for one product are two methods.
+_OF_PRODUCT = {"normal_dir", "abnormal_dir", "normal_test_dir", "mask_dir", "extensions", "json_path", "samples"}
+_OF_PRODUCT |= {f"{name}_split_{kind}" for name in ("normal", "test", "val") for kind in ("mode", "ratio")}
 _NONE = "\u2013"
 
 
@@ -90,7 +93,8 @@ def identify(frame: pd.DataFrame) -> pd.DataFrame:
         frame (pd.DataFrame): Settings as texts in columns like ``model.init_args.k_shot``; empty where there is none.
 
     Returns:
-        pd.DataFrame: Columns ``dataset``, ``category``, ``method`` and ``seed``.
+        pd.DataFrame: Columns ``dataset``, ``category``, ``method`` and ``seed``. What says where a category's images
+            lie, and how they are split, names a method only where it differs within the category.
 
     Example:
         >>> identify(pd.DataFrame({
@@ -117,9 +121,15 @@ def identify(frame: pd.DataFrame) -> pd.DataFrame:
     })
     settings = [name for name in map(str, frame) if name == "accelerator" or name.startswith(("model.", "data."))]
     settings = [name for name in settings if name.split(".")[-1] not in _NO_METHOD]
+
+    def of_product(name: str, rows: pd.DataFrame) -> bool:
+        section, *_, argument = name.split(".")
+        values = frame[name].loc[rows.index].groupby(rows["category"]).nunique()
+        return section == "data" and argument in _OF_PRODUCT and bool((values == 1).all())
+
     for _, rows in result.groupby(["dataset", "method"]):
         group = frame.loc[rows.index, settings]
-        varying = [name for name in settings if len(group[name].unique()) > 1]
+        varying = [name for name in settings if len(group[name].unique()) > 1 and not of_product(name, rows)]
         for index in rows.index:
             shown = [f"{name.split('.')[-1]}={group[name][index]}" for name in varying if group[name][index]]
             result.loc[index, "method"] = ", ".join([result["method"][index], *shown])

@@ -2,8 +2,8 @@
 
 """Frozen vision transformer that turns images into patch tokens.
 
-Any timm ViT with patch tokens serves. The four published ones are
-``vit_large_patch16_dinov3.lvd1689m`` (default), ``vit_large_patch14_dinov2.lvd142m``,
+Any timm ViT with a token for every patch serves; hybrids with convolutions, BEiT and XCiT do not. The four published
+ones are ``vit_large_patch16_dinov3.lvd1689m`` (default), ``vit_large_patch14_dinov2.lvd142m``,
 ``vit_large_patch14_clip_quickgelu_336.openai`` and ``vit_large_patch16_siglip_384.webli``.
 """
 
@@ -374,12 +374,29 @@ def warn_of_other_timm(recorded: str | None, source: str | Path) -> None:
 
 
 def _meta_vit(name: str) -> Any:  # noqa: ANN401  # timm's ViTs share no class
-    """Build a timm ViT without allocating its weights; refuse other architectures."""
+    """Build a timm ViT without allocating its weights; refuse what gives no token for each patch of any image."""
     pretrained_config(name)
-    with torch.device("meta"):
-        model = timm.create_model(name, pretrained=False)
-    if not (hasattr(model, "blocks") and hasattr(model, "patch_embed") and hasattr(model, "num_prefix_tokens")):
-        msg = f"'{name}' is not a vision transformer with patch tokens. Choose one of timm.list_models('vit_*')."
+    try:
+        with torch.device("meta"), torch.no_grad():
+            model: Any = timm.create_model(name, pretrained=False, dynamic_img_size=True).eval()
+            height, width = (count * size for count, size in zip((2, 3), model.patch_embed.patch_size, strict=True))
+            tokens = model.forward_intermediates(
+                torch.empty(1, 3, height, width), indices=[0], output_fmt="NLC", intermediates_only=True
+            )[0]
+        fits = hasattr(model, "blocks") and hasattr(model, "num_prefix_tokens") and tokens.shape[1] == 6
+    except (
+        AssertionError,
+        AttributeError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ):  # each architecture fails in its own way
+        fits = False
+    if not fits:
+        msg = (
+            f"'{name}' is not a vision transformer with a token for every patch. Choose one of "
+            "timm.list_models('vit_*_patch*')."
+        )
         raise ValueError(msg)
     return model
 

@@ -59,19 +59,21 @@ def beside(path: str | Path, name: str) -> str:
         name (str): Name of the other file.
 
     Returns:
-        str: Its path or address, of the same revision.
+        str: Its path or address, of the same revision, which stands where it stood.
 
     Example:
         >>> beside("weights/guides.safetensors", "examples.safetensors")
         'weights/examples.safetensors'
         >>> beside("hf://owner/repository/textile/guides.safetensors@v1", "examples.safetensors")
-        'hf://owner/repository@v1/textile/examples.safetensors'
+        'hf://owner/repository/textile/examples.safetensors@v1'
     """
     if not _REMOTE.match(str(path)):
         return str(Path(path).with_name(name))
     repository, revision, file = _parse(str(path))
     folder = file.rpartition("/")[0]
-    return "/".join(["hf:/", f"{repository}@{revision}" if revision else repository, *filter(None, [folder]), name])
+    at = f"@{revision}" if revision else ""
+    is_last = str(path).endswith(at)  # behind the repository one with slashes would be part of the path
+    return "/".join(["hf:/", repository + at * (not is_last), *filter(None, [folder]), name + at * is_last])
 
 
 def _parse(address: str) -> tuple[str, str | None, str]:

@@ -52,6 +52,11 @@ class FrozenBackboneMixin(ExactExports):
     held_out: AnomalibDataset | None = None
     _swapped: tuple[Any, Any] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Keep training images and datasets, which a fit that failed may have left, out of an exported model."""
+        state: dict[str, Any] = super().__getstate__()
+        return state | {name: None for name in ("examples", "held_out", "_swapped") if name in state}
+
     @staticmethod
     def resolve_image_size(image_size: int | Sequence[int] | None, backbone: str) -> tuple[int, int]:
         """Turn the argument ``image_size`` into height and width.

@@ -5,7 +5,8 @@
 import hashlib
 import io
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -243,6 +244,13 @@ class Examples:
                 f"'{path}' holds no example images. ExplanationVisualizer leaves them as weights/examples.safetensors."
             )
             raise ValueError(msg)
+        fault = _fault(tensors)
+        if fault:
+            msg = (
+                f"The examples file '{path}' is damaged: {fault}. Copy it again, or train again with "
+                "ExplanationVisualizer."
+            )
+            raise ValueError(msg)
         *grid, patch_size = tensors.pop("grid").tolist()
         examples = cls(patch_size=patch_size)
         examples.grid = tuple(grid)
@@ -254,6 +262,28 @@ class Examples:
             else:
                 examples.patches[int(numbers[0]), int(numbers[1])] = [tuple(place) for place in tensor.tolist()]
         return examples
+
+
+def _fault(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """What is wrong with the first tensor that no :meth:`Examples.save` writes."""
+    grid = tensors.get("grid", torch.empty(0))
+    if grid.dtype != torch.int64 or grid.shape != (3,) or (grid < 0).any() or grid[2] == 0:
+        return "it has no grid of patches"
+    for name, tensor in tensors.items():
+        if re.fullmatch(r"image\.\d+", name):
+            try:
+                fits = tensor.dtype == torch.uint8 and tensor.ndim == 1
+                fits = fits and Image.open(io.BytesIO(tensor.numpy().tobytes())).format == "JPEG"
+            except OSError:  # PIL's, for what is no image
+                fits = False
+        elif re.fullmatch(r"atom\.\d+\.\d+", name):
+            fits = tensor.dtype == torch.int64 and tensor.ndim == 2 and tensor.shape[1] == 2
+            fits = fits and not (tensor < 0).any() and not (tensor[:, 1] >= grid[0] * grid[1]).any()
+        else:
+            fits = name == "grid"
+        if not fits:
+            return f"'{name}' is not what it should be"
+    return None
 
 
 def patch_box(place: tuple[int, int], grid: tuple[int, int], patch_size: int, window: int) -> tuple[int, int, int]:

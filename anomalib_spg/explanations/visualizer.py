@@ -318,8 +318,10 @@ class ExplanationVisualizer(ImageVisualizer):
     on_predict_end = on_test_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the hook from the backbone."""
-        del trainer, pl_module, exception
+        """Remove the hook from the backbone, and the training images from the model of a fit that failed."""
+        del trainer, exception
+        if isinstance(pl_module, ExplainableModel):
+            cast("_Model", pl_module).examples = None
         self._release()
 
     def _release(self) -> None:

@@ -43,6 +43,19 @@ def test_training_set_is_the_labelled_test_split_of_all_categories(mvtec: Path, 
     assert batch.gt_mask[batch.gt_label == 1].flatten(1).any(dim=1).all()
 
 
+def test_the_seed_of_a_datamodules_own_arguments_counts(mvtec: Path, visa: Path) -> None:
+    """Ours is for those that have none."""
+    for own, seed in (({}, 4), ({"seed": 7}, 7), ({"seed": 0}, 0)):
+        datamodule = build(
+            mvtec,
+            visa,
+            auxiliary_args={"root": mvtec, **own},
+            target_args={"root": visa, "category": "gravel", **own},
+            seed=4,
+        )
+        assert [each.seed for each in (datamodule.target, *datamodule.auxiliaries)] == [seed] * 3
+
+
 @pytest.mark.parametrize(("categories", "count"), [("brick", 8), (["grass"], 8)])
 def test_one_category(mvtec: Path, visa: Path, categories: str | list[str], count: int) -> None:
     """As a name or as a list."""

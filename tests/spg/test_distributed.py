@@ -17,7 +17,7 @@ from anomalib_spg import GuideSettings
 from anomalib_spg.components.backbone import Tokens
 from anomalib_spg.guides import Guides, train_guides
 from anomalib_spg.sae import TopKSAE, train_sae
-from anomalib_spg.token_store import TokenStore
+from anomalib_spg.token_store import TokenStore, memory_need
 from tests.helpers import REPOSITORY, data, engine, make_mvtec, run_command
 from tests.lake.test_lightning_model import build as build_lake
 from tests.spg.test_lightning_model import build
@@ -107,10 +107,10 @@ if __name__ == "__main__":
 @pytest.mark.command
 def test_two_processes_decide_as_one_does(tmp_path: Path) -> None:
     """Thresholds, metrics and decisions, though they cannot have equal shares of validation; no image counts twice."""
-    images, model = make_mvtec(tmp_path / "images", ("brick",), count=7), build(seed=0)
+    images, model = make_mvtec(tmp_path / "images", count=7), build(seed=0)
     next((images / "brick/test/good").iterdir()).unlink()  # 5 to validate with, 8 to test
     run = engine(tmp_path / "fit")
-    run.fit(model=model, datamodule=data(images))
+    run.fit(model=model, datamodule=data(images, category="grass"))
     (Path(run.trainer.default_root_dir) / "weights" / "guides.safetensors").rename(tmp_path / "guides.safetensors")
     torch.save(model.model.backbone.state_dict(), tmp_path / "backbone.pt")
     (tmp_path / "run.py").write_text(RUN)
@@ -144,6 +144,17 @@ def test_processes_that_divide_the_images_differently(mvtec: Path, tmp_path: Pat
         pytest.raises(ValueError, match=r"2 processes have divided the images differently.*--data\.seed"),
     ):
         engine(tmp_path).fit(model=build(), datamodule=data(mvtec))
+
+
+def test_the_memory_limit_counts_all_processes(mvtec: Path, tmp_path: Path) -> None:
+    """Of a machine: each knows its own share of the images."""
+    model = build(tokens_dir=None)
+    model.memory_limit = 1.5 * memory_need(model.model.backbone, 8, (64, 64)) / 2**30
+    with (
+        patch("lightning.pytorch.Trainer.num_devices", new_callable=PropertyMock, return_value=2),
+        pytest.raises(MemoryError, match="tokens of 16 images of 64x64 need"),
+    ):
+        engine(tmp_path).fit(model=model, datamodule=data(mvtec))
 
 
 def test_all_processes_hold_out_the_same_images(tmp_path: Path) -> None:

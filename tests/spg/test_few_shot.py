@@ -2,15 +2,19 @@
 
 """A few normal images of any dataset, the same ones for every model."""
 
+import hashlib
 import logging
 from pathlib import Path
 from typing import Any
 
 import anomalib.data
+import numpy as np
 import pytest
 import torch
-from anomalib.data import Folder, MVTecAD
-from anomalib.models import Patchcore
+from anomalib.data import AnomalibDataModule, Folder, MVTecAD
+from anomalib.engine import Engine
+from anomalib.models import AnomalibModule, Patchcore
+from lightning.pytorch.trainer.states import TrainerFn
 from omegaconf import OmegaConf
 
 from anomalib_lake import LAKE
@@ -55,6 +59,58 @@ def test_the_seed_decides(mvtec: Path) -> None:
     assert drawn(mvtec, k_shot=2) == first
     assert len({tuple(drawn(mvtec, k_shot=2, seed=seed)) for seed in range(8)}) > 1
     assert len(drawn(mvtec, k_shot=None)) == 4
+
+
+def folder_images(mvtec: Path, split: dict[str, Any], advanced: int, **keywords: Any) -> list[Any]:
+    """What a folder that is split at random is learned from, validated and tested on, after random numbers."""
+    own = {"name": "own", "root": mvtec / "brick", "normal_dir": "train/good", "normal_test_dir": "test/good"}
+    own |= {"abnormal_dir": "test/hole", "num_workers": 0}
+    torch.manual_seed(6)
+    torch.rand(advanced)
+    np.random.seed(advanced)  # noqa: NPY002  # anomalib draws from it
+    datamodule = FewShot("Folder", {**own, **split}, k_shot=1, **keywords)
+    datamodule.setup()
+    assert torch.initial_seed() == 6
+    sets = (datamodule.train_data, datamodule.val_data, datamodule.test_data)
+    return [
+        hashlib.sha256(Path(path).read_bytes()).hexdigest() for images in sets for path in images.samples.image_path
+    ]
+
+
+@pytest.mark.parametrize(
+    "split", [{}, {"val_split_mode": "from_train"}, {"val_split_mode": "synthetic"}, {"test_split_mode": "synthetic"}]
+)
+def test_random_splits_are_the_same_for_every_model(mvtec: Path, split: dict[str, Any]) -> None:
+    """However many random numbers a model has drawn; the target's own seed comes first."""
+    first = folder_images(mvtec, split, 0, seed=3)
+    assert folder_images(mvtec, split, 5, seed=3) == first
+    assert folder_images(mvtec, split, 0) == folder_images(mvtec, split, 5), "the process's seed"
+    own = [folder_images(mvtec, {**split, "seed": seed}, 0, seed=3) for seed in range(4)]
+    assert own[3] == first
+    assert len(set(map(tuple, own))) > 1
+
+
+def test_a_job_of_the_benchmark_splits_by_its_seed(
+    mvtec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder without FewShot: models whose weights take other random numbers learn from the same images."""
+    learned = []
+
+    def fit(_: Engine, model: AnomalibModule, datamodule: AnomalibDataModule) -> None:
+        del model
+        datamodule.setup(TrainerFn.FITTING)
+        learned.append(datamodule.train_data.samples.image_path.tolist())
+
+    monkeypatch.setattr(Engine, "fit", fit)
+    monkeypatch.setattr(Engine, "test", lambda *_, **__: [{}])
+    own = {"name": "own", "root": str(mvtec / "brick"), "normal_dir": "train/good", "abnormal_dir": "test/hole"}
+    data = {"class_path": "Folder", "init_args": {**own, "test_split_ratio": 0.5, "num_workers": 0}}
+    for seed in range(4):
+        for backbone in ("resnet18", "resnet34"):
+            model = {"class_path": "Patchcore", "init_args": {"backbone": backbone, "pre_trained": False}}
+            BenchmarkJob("cpu", {"seed": seed, "model": model, "data": data}, tmp_path).run()
+    assert learned[0::2] == learned[1::2]
+    assert len(set(map(tuple, learned))) > 1
 
 
 def test_all_else_is_the_datamodules(mvtec: Path) -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_spg import GuideSettings
 from anomalib_spg.components.anomaly_map import to_pixels
 from anomalib_spg.components.backbone import Tokens
-from anomalib_spg.guides import FILE_FORMAT, FILE_VERSION, Guides, read_guides, save_guides, train_guides
+from anomalib_spg.guides import FILE_FORMAT, FILE_VERSION, Guides, guides_fault, read_guides, save_guides, train_guides
 from anomalib_spg.token_store import TokenStore
 
 
@@ -190,7 +190,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Cannot read.*text\.safetensors"):
         read_guides(tmp_path / "text.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "weights.safetensors")
-    with pytest.raises(ValueError, match="holds no SPG guides"):
+    with pytest.raises(ValueError, match=r"holds no SPG guides\. Pass model weights as weights=, not guides_file="):
         read_guides(tmp_path / "weights.safetensors")
     header = {"format": "anomalib_spg.guides", "version": "9", "layers": json.dumps([1])}
     save_file({"a": torch.zeros(1)}, tmp_path / "new.safetensors", metadata=header)
@@ -221,6 +221,9 @@ def learned_guides() -> Guides:
 
 GOOD = {"layers": "[3]", "image_size": "[64, 64]", "temperature": "0.07", "backbone": '"vit"', "settings": "{}"}
 NAN = torch.full((4, 3), float("nan"))
+OWN = learned_guides()
+ONE_PATCH = torch.tensor([[1.0, 0], [0, 2], [0, 0], [0, 1]])  # a guide may have lost its atoms
+NO_PATCH = torch.tensor([[1.0, 0], [0, 2], [0, 0], [0, 0]])
 
 
 @pytest.mark.parametrize(
@@ -239,6 +242,11 @@ NAN = torch.full((4, 3), float("nan"))
         ({"0.atoms": NAN[:2]}, {}, "not finite"),
         ({"0.coefficients": -torch.ones(4, 2)}, {}, "negative coefficients"),
         ({"0.vectors": torch.ones(4, 3)}, {}, "not the sums of their atoms"),
+        ({"0.atoms": torch.zeros(2, 0), "0.vectors": torch.zeros(4, 0)}, {}, "the vectors have no width"),
+        ({"0.atoms": torch.zeros(2, 3), "0.vectors": torch.zeros(4, 3)}, {}, "atoms that have not length 1"),
+        ({"0.atoms": 2 * torch.eye(3)[:2], "0.vectors": 2 * OWN.vectors}, {}, "atoms that have not length 1"),
+        ({"0.coefficients": ONE_PATCH, "0.vectors": ONE_PATCH @ OWN.atoms}, {}, None),
+        ({"0.coefficients": NO_PATCH, "0.vectors": NO_PATCH @ OWN.atoms}, {}, "both guides of the patches are zero"),
         ({}, {"layers": "[3"}, "no JSON"),
         ({}, {"layers": "3"}, "layers=3"),
         ({}, {"layers": "[3, 5]"}, r"layers=\[3, 5\]"),
@@ -274,6 +282,14 @@ def test_guides_without_atoms_are_no_guides(tmp_path: Path) -> None:
     """What was never learned cannot be used elsewhere."""
     with pytest.raises(ValueError, match="holds no atoms"):
         read_guides(save_guides(tmp_path / "g.safetensors", [Guides(3)], {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("free", [True, False])
+def test_what_training_writes_is_in_order(free: bool, dtype: torch.dtype) -> None:
+    """Atoms of a dictionary and free vectors, in half precision, too."""
+    guides, _ = learn(epochs=1, free=free)
+    assert guides_fault({f"0.{name}": tensor for name, tensor in guides.to(dtype).named_buffers()}) is None
 
 
 def test_too_much_sparsity(caplog: pytest.LogCaptureFixture) -> None:

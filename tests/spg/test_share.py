@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import timm
@@ -91,6 +92,33 @@ def test_old_guides_say_less(files: tuple[Path, Path], tmp_path: Path) -> None:
     for name in ("learned on", "backbone", "blocks", "image size", "temperature", "settings", "versions"):
         assert f"| {name} | not recorded |" in card.text
     assert "**Unknown.**" in card.text
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "words"),
+    [
+        ({"dataset": "x"}, "x"),
+        ({"images": 7, "labels": ["by", "hand"], "categories": "nut"}, "nut; 7 images"),
+        ({"labels": "labelled", "categories": [1, 2]}, "1, 2; labelled by people"),
+        ({"by": "me"}, "not recorded"),
+    ],
+)
+def test_what_guides_were_learned_on_is_free_to_say(trained_on: dict, words: str, tmp_path: Path) -> None:
+    """Of other programs' plain data the card says what it knows."""
+    model = SPGModel(TINY, layers=[3], pre_trained=False)
+    model.guides[0].set(torch.eye(192)[:2], torch.arange(2), torch.rand(4, 2))
+    path = model.save_guides(tmp_path / "guides.safetensors", **trained_on)
+    card = ModelCard.load(write_folder(path, tmp_path / "out", "me/textures", "mit") / "README.md")
+    assert f"| learned on | {words} |" in card.text
+
+
+def test_a_card_that_cannot_be_written_leaves_no_folder(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """So that the same command works once the reason is gone."""
+    arguments = (files[0], tmp_path / "out", "me/textures", "mit", files[1])
+    with patch("anomalib_spg.share._body", side_effect=KeyError("images")), pytest.raises(KeyError):
+        write_folder(*arguments)
+    assert not (tmp_path / "out").exists()
+    assert write_folder(*arguments) == tmp_path / "out"
 
 
 @pytest.mark.parametrize(

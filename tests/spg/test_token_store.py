@@ -8,6 +8,7 @@ import subprocess
 import sys
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from anomalib_spg.components.backbone import Backbone, Tokens
-from anomalib_spg.token_store import TokenStore, check_space
+from anomalib_spg.token_store import TokenStore, check_space, memory_need
 from tests.helpers import TINY, run_command
 
 
@@ -165,6 +166,22 @@ def test_space_is_checked_first(tmp_path: Path) -> None:
     check_space(tmp_path / "not" / "there", free // 2)
     with pytest.raises(OSError, match=r"GiB free\. Give another disk's folder"):
         check_space(tmp_path / "not" / "there", free * 2)
+
+
+def test_processes_of_a_machine_count_together(tmp_path: Path) -> None:
+    """What fits one does not fit two in memory, nor on a disk that has room for one and a half."""
+    backbone = Backbone(TINY, pre_trained=False)
+    need = memory_need(backbone, 2, (64, 64))
+    sizes = (backbone, 2, (64, 64), 1.5 * need / 2**30)
+    assert TokenStore.fitting(*sizes, tmp_path / "tokens").path is None
+    assert TokenStore.fitting(*sizes, tmp_path / "tokens", processes=2).path is not None
+    with pytest.raises(MemoryError, match="tokens of 4 images of 64x64 need .* for all processes of this machine"):
+        TokenStore.fitting(*sizes, processes=2)
+    usage = SimpleNamespace(free=int(1.5 * need))
+    with patch("anomalib_spg.token_store.shutil.disk_usage", return_value=usage):
+        TokenStore.fitting(*sizes[:3], 0, tmp_path / "other")
+        with pytest.raises(OSError, match="GiB free"):
+            TokenStore.fitting(*sizes[:3], 0, tmp_path / "more", processes=2)
 
 
 @pytest.mark.slow

@@ -322,24 +322,60 @@ def resized(mask: Any) -> np.ndarray:
     return Resize((64, 64))(Mask(mask)).numpy().astype(bool)
 
 
+def block(**sections: Any) -> dict[str, Any]:
+    """A block of a config with some of its sections replaced."""
+    return {"seed": 0, "model": {"class_path": "SPG"}, "data": {"class_path": "MVTecAD"}, **sections}
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         ({"model": {}}, "needs the sections accelerator and benchmark"),
         ({"accelerator": "tpu", "benchmark": {}}, "accelerator 'tpu' is unknown; choose cpu or cuda"),
         ({"accelerator": "cpu", "benchmark": {"seed": 0, "modle": {}}}, "lacks model and data; it has modle, seed"),
+        (
+            {"accelerator": "cpu", "benchmark": []},
+            r"'table\.yaml' has no jobs: give accelerator, and in benchmark a block",
+        ),
+        ({"accelerator": [], "benchmark": block()}, r"'table\.yaml' has no jobs: give accelerator"),
+        (
+            {"accelerator": "cpu", "benchmark": ["SPG"]},
+            r"'table\.yaml': A block .* is 'SPG', and must have seed, model",
+        ),
+        (
+            {"accelerator": "cpu", "benchmark": block(model="SPG")},
+            r"'table\.yaml': model: 'SPG' names no class\. Give it a",
+        ),
+        ({"accelerator": "cpu", "benchmark": block(model={"grid": ["SPG"]})}, "model: 'SPG' names no class"),
+        ({"accelerator": "cpu", "benchmark": block(model={"init_args": {}})}, "model: None names no class"),
+        ({"accelerator": "cpu", "benchmark": block(data={"init_args": {"a": 1}})}, "data: {.*} names no class"),
+        (
+            {"accelerator": "cpu", "benchmark": block(model={"class_path": "SPG", "init_args": [1]})},
+            r"model: init_args is \[1\]\. Give arguments by name",
+        ),
+        ("accelerator: [", r"'table\.yaml' is no YAML: while parsing"),
     ],
 )
 def test_mistakes_in_the_config_are_named(
-    config: dict, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: dict | str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before anything runs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("anomalib_spg.benchmark.pipeline._log_to", lambda _: None)
-    Path("table.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    text = config if isinstance(config, str) else yaml.safe_dump(config)
+    Path("table.yaml").write_text(text, encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["benchmark", "--config", "table.yaml"])
     with pytest.raises(SystemExit, match=message):
         main()
+
+
+def test_arguments_left_empty() -> None:
+    """The same job as without the word."""
+    empty = {"init_args": None}
+    whole = block(model={"class_path": "SPG", "trainer": None, **empty}, data={"class_path": "MVTecAD", **empty})
+    jobs = list(BenchmarkJobGenerator(["cpu"], Path())([whole, block()]))
+    assert jobs[0].config == jobs[1].config == block()
+    assert jobs[0].key == jobs[1].key
 
 
 def append(together: Any, rank: int, output: Path, rows: int) -> None:

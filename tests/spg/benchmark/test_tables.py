@@ -100,6 +100,21 @@ def test_few_shot_names_the_dataset_it_draws_from(tmp_path: Path) -> None:
     assert made["Folder, vad"].rows[0][:2] == ["Patchcore", "50.0"]
 
 
+def test_products_in_folders_of_their_own(tmp_path: Path) -> None:
+    """Their names do not make one method several; where one product has two values, they are two methods."""
+    header = "seed,model.class_path,data.class_path,data.init_args.name,data.init_args.normal_dir,"
+    header += "data.init_args.mask_dir,data.init_args.val_split_mode,image_AUROC\n"
+    rows = "0,LAKE,Folder,nut,good,,none,0.9\n0,LAKE,Folder,bolt,ok,masks/bolt,from_test,0.7\n"
+    (summary, *_) = tables(write(tmp_path / "results.csv", rows, header)).values()
+    assert [row[:2] for row in summary.rows] == [["LAKE", "80.0"]]
+    assert not summary.note
+    rows += "0,LAKE,Folder,nut,good,,from_train,0.5\n0,LAKE,Folder,bolt,ok,masks/bolt,from_train,0.6\n"
+    (summary, *_) = tables(write(tmp_path / "results.csv", rows, header)).values()
+    assert [row[0] for row in summary.rows] == [
+        f"LAKE, val_split_mode={mode}" for mode in ("none", "from_test", "from_train")
+    ]
+
+
 def test_several_files_and_datasets(tmp_path: Path) -> None:
     """Other files add datasets and methods; the later one counts where both have the same result."""
     first = write(tmp_path / "a.csv")

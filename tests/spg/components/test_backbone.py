@@ -149,6 +149,15 @@ def test_restoring_never_fetches() -> None:
     [
         ({"name": "vit_smal_patch14_dinov2"}, "vit_small_patch14_dinov2"),
         ({"name": "resnet18"}, "not a vision transformer"),
+        *(
+            ({"name": name}, f"'{name}' is not a vision transformer with a token for every patch. Choose one of")
+            for name in (
+                "vit_small_r26_s32_224",
+                "vit_tiny_r_s16_p8_224",
+                "beit_base_patch16_224",
+                "xcit_nano_12_p16_224",
+            )
+        ),
         ({"name": "swin_tiny_patch4_window7_224"}, "not a vision transformer"),
         ({"name": TINY, "layers": [3, 12]}, r"blocks 0 to 11.*\[12\]"),
         ({"name": TINY, "weights": "nowhere.safetensors"}, "No weights file at 'nowhere.safetensors'"),

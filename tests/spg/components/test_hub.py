@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from anomalib_spg.components.hub import beside, local_file
+from anomalib_spg.components.hub import _parse, beside, local_file
 from tests.helpers import REPOSITORY, run_command
 from tests.hub_server import COMMIT, Hub, serve
 
@@ -145,9 +145,20 @@ def test_local_paths_stay(path: str) -> None:
     assert local_file(path) == Path(path)
 
 
+@pytest.mark.parametrize("revision", ["feature/x", "refs/pr/1", "v1", COMMIT])
+def test_beside_a_file_whose_revision_stands_at_the_end(revision: str) -> None:
+    """The file beside is of the same revision, also where its name has slashes."""
+    address = beside(f"hf://me/guides/x/a.safetensors@{revision}", "b.safetensors")
+    assert _parse(address) == ("me/guides", revision, "x/b.safetensors")
+    assert _parse(beside("hf://me/guides/a.safetensors@" + revision, "b.safetensors"))[1:] == (
+        revision,
+        "b.safetensors",
+    )
+
+
 def test_beside() -> None:
-    """The same repository and revision, wherever that was named."""
+    """The same repository and revision, where that was named."""
     expected = "hf://me/guides@v1/x/b.safetensors"
     assert beside("hf://me/guides@v1/x/a.safetensors", "b.safetensors") == expected
-    assert beside("hf://me/guides/x/a.safetensors@v1", "b.safetensors") == expected
+    assert beside("hf://me/guides/x/a.safetensors@v1", "b.safetensors") == "hf://me/guides/x/b.safetensors@v1"
     assert beside("hf://me/guides/a.safetensors", "b.safetensors") == "hf://me/guides/b.safetensors"

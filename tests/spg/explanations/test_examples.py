@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from anomalib_spg import GuideSettings, SPGModel
+from anomalib_spg.components.files import load_tensors
 from anomalib_spg.explanations.examples import Examples, to_picture
 from anomalib_spg.guides import Guides
 
@@ -125,4 +126,33 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         Examples.load(tmp_path / "none.safetensors")
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"x\.safetensors' holds no example images"):
+        Examples.load(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grid": None}, "it has no grid of patches"),
+        ({"grid": torch.tensor([2, 3])}, "it has no grid of patches"),
+        ({"grid": torch.tensor([2, 3, 0])}, "it has no grid of patches"),
+        ({"grid": torch.tensor([2.0, 3, 16])}, "it has no grid of patches"),
+        ({"image.0": torch.tensor([1.0])}, "'image.0' is not what it should be"),
+        ({"image.0": torch.tensor([1, 2], dtype=torch.uint8)}, "'image.0' is not"),
+        ({"image.first": torch.tensor([1], dtype=torch.uint8)}, "'image.first' is not"),
+        ({"atom.6": torch.tensor([[0, 1]])}, "'atom.6' is not"),
+        ({"atom.6.5": torch.tensor([0, 1])}, "'atom.6.5' is not"),
+        ({"atom.6.5": torch.tensor([[0, 6]])}, "'atom.6.5' is not"),
+        ({"guides": torch.zeros(2)}, "'guides' is not"),
+    ],
+)
+def test_damaged_files_are_refused(change: dict[str, torch.Tensor | None], message: str, tmp_path: Path) -> None:
+    """Right header, other contents: the message names the file and the tensor."""
+    examples = Examples(patch_size=16)
+    examples.add(image(0.5), MEAN, STD)
+    examples.patches[6, 5] = [(0, 5)]
+    tensors, header = load_tensors(examples.save(tmp_path / "whole.safetensors"))
+    assert Examples.load(tmp_path / "whole.safetensors").images == examples.images
+    tensors = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
+    save_file(tensors, tmp_path / "x.safetensors", header)
+    with pytest.raises(ValueError, match=rf"examples file '.*x\.safetensors' is damaged: {message}"):
         Examples.load(tmp_path / "x.safetensors")

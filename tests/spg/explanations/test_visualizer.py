@@ -12,12 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from anomalib.data.utils import read_image
+from lightning.pytorch.callbacks import LambdaCallback
 from PIL import Image
 
 from anomalib_lake import LAKEModel
@@ -469,6 +471,46 @@ def test_exports_hold_no_training_images(tiny: SPG, mvtec: Path, tmp_path: Path)
         file = io.BytesIO()
         torch.save(model, file)
         assert b"JFIF" not in file.getvalue()
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_no_training_images_in_exports_after_a_failure(
+    late: bool, mvtec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fit that fails once it has learned, or a second one while it learns: neither images nor tokens nor paths."""
+    monkeypatch.chdir(tmp_path)
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    small = {"backbone": "vit_tiny_patch16_224", "layers": [5], "pre_trained": False, "image_size": 64, "views": 2}
+    short = {"num_atoms": 32, "k": 4, "sae_epochs": 1, "guide_epochs": 1, "hold_out": 0}
+    model = SPG(**small, **short, visualizer=ExplanationVisualizer())
+    if late:
+        callback = LambdaCallback(on_validation_epoch_end=fail)
+        with pytest.raises(ZeroDivisionError):
+            engine(tmp_path, callbacks=[callback]).fit(model, datamodule=data(mvtec))
+    else:
+        engine(tmp_path).fit(model, datamodule=data(mvtec))
+        model.memory_limit = 0  # its tokens are on the disk
+        with patch.object(SPGModel, "fit", side_effect=ZeroDivisionError), pytest.raises(ZeroDivisionError):
+            engine(tmp_path).fit(model, datamodule=data(mvtec))
+        assert len(model.model.store), "the same command goes on from them"
+    assert model.examples is None
+    model.examples = tiny_examples()  # as a user may set
+    exported = model.to_torch(tmp_path).read_bytes()
+    assert b"JFIF" not in exported
+    assert b"train/good" not in exported
+    restored = torch.load(io.BytesIO(exported), weights_only=False)["model"]
+    assert restored.examples is None
+    assert not len(restored.model.store)
+
+
+def tiny_examples() -> Examples:
+    """One image."""
+    examples = Examples(patch_size=16)
+    examples.add(torch.zeros(1, 3, 64, 64), [0.5] * 3, [0.5] * 3)
+    return examples
 
 
 def test_off_costs_nothing() -> None:
