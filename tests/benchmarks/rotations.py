@@ -8,9 +8,10 @@
 Four parts (tests/objects.py), images four wide and three high, which the model squeezes to squares: 24 good images, 40
 unseen good ones and 40 bad ones. LAKE compares with 1 or 4 of the 24 and places its threshold by 20 others; or with all
 of them, its default, and places it by what each scores against the others. Mean over ``--draws`` of the good images
-that are compared with. ``--objects`` takes objects that lie nearly in place: there copies bring nothing. Every image
-passes the backbone once, rotated copies whenever they are needed. Printed are image AUROC by part, the share of good
-images rejected and bad ones accepted at the default false-alarm rate, in percent, and the seconds that the fit took.
+that are compared with. Without rotations images are compared with as they are, or with shifted copies (``--shifts``).
+``--objects`` takes objects that lie nearly in place: there rotated copies bring nothing. Every image passes the backbone
+once, copies whenever they are needed. Printed are image AUROC by part, the share of good images rejected and bad ones
+accepted at the default false-alarm rate, in percent, and the seconds that the fit took.
 """
 
 import argparse
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=2)
     parser.add_argument("--rotations", nargs="+", type=int, default=[1, 4, 8, 24])
     parser.add_argument("--shots", nargs="+", type=int, default=[1, 4, 24])
+    parser.add_argument("--shifts", type=int, default=1, help="num_shifts, for rows without rotated copies")
     parser.add_argument("--objects", action="store_true", help="objects that lie nearly in place")
     arguments = parser.parse_args()
     transform = LAKE.configure_pre_processor(SIZE, BACKBONE).transform
@@ -81,7 +83,8 @@ def main() -> None:
         images, tokens = torch.stack([transform(image) for image in taken]), []
         for rotations in arguments.rotations:
             torch.manual_seed(0)
-            model = LAKEModel(BACKBONE, weights=weights, image_size=SIZE, num_rotations=rotations)
+            copies = {"num_rotations": rotations, "num_shifts": arguments.shifts}
+            model = LAKEModel(BACKBONE, weights=weights, image_size=SIZE, **copies)
             with torch.inference_mode():
                 tokens = tokens or [model.tokens(image) for image in tqdm(images.split(1), name)]
             for shots in arguments.shots:
