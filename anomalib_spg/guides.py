@@ -375,6 +375,24 @@ def read_guides(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     return tensors, metadata
 
 
+def learned_images(metadata: Mapping[str, Any]) -> frozenset[str]:
+    """Digests of the good images that guides were learned from.
+
+    Args:
+        metadata (Mapping[str, Any]): Metadata of a guides file.
+
+    Returns:
+        frozenset[str]: See :func:`.normal_images.short_digest`; none where they are not recorded.
+
+    Example:
+        >>> sorted(learned_images({"trained_on": {"digests": ["0a1b2c3d"]}})), sorted(learned_images({}))
+        (['0a1b2c3d'], [])
+    """
+    trained_on = metadata.get("trained_on")
+    digests = trained_on.get("digests") if isinstance(trained_on, dict) else None
+    return frozenset(map(str, digests)) if isinstance(digests, list) else frozenset()
+
+
 def guides_fault(tensors: Mapping[str, torch.Tensor]) -> str | None:
     """Find out whether tensors of guides contradict each other.
 

@@ -26,13 +26,14 @@ from .components.backbone import DEFAULT_BACKBONE, Tokens
 from .components.checkpoint import check_identity
 from .components.held_out import ENOUGH, MOST, choose, good_validation_images
 from .components.lightning import FrozenBackboneMixin, check_seed
+from .components.normal_images import image_labels, short_digest
 from .components.precision import full_precision
 from .components.threshold import Prior
 from .explain import explain
 from .explanations.examples import Examples
 from .explanations.explanation import Explanation
 from .figures import plot_guides
-from .guides import Guides, guides_fault, read_guides
+from .guides import Guides, guides_fault, learned_images, read_guides
 from .settings import GuideSettings
 from .synthesis import AnomalySynthesizer
 from .token_store import GIB, TokenStore, memory_need
@@ -230,6 +231,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             self.model.settings = asdict(settings)
         self._is_fitted = torch.tensor([guides_file is not None])
         self._learned: AnomalibDataset | None = None
+        self._known = learned_images(stored)
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep the dataset of a fit that failed out of an exported model, too."""
@@ -239,8 +241,8 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         """Seed, refuse an empty training set, and hold good images out.
 
         Of normal training images ``hold_out`` are not learned from, unless validation has enough good images. With a
-        guides file, from which nothing is learned, all are. Fewer than 8 are all learned from. Where few are held out,
-        those learned from help to place the threshold.
+        guides file, from which nothing is learned, all are that its guides were not learned from. Fewer than 8 are all
+        learned from. Where few are held out, those learned from help to place the threshold.
 
         Args:
             stage (str): Stage of the trainer.
@@ -266,21 +268,27 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         self.held_out, self._learned = None, None
         if self._is_labelled(dataset) or good_validation_images(datamodule) >= ENOUGH:
             return
-        everything = list(range(len(dataset)))
+        known: list[int] = []  # to the guides file
+        new: list[int] = []
+        for index, (path, _) in enumerate(image_labels(dataset)):
+            (known if self._known and short_digest(path) in self._known else new).append(index)
 
-        def chosen(count: int) -> list[int]:  # by the first process, whose seed may be another
-            return self.trainer.strategy.broadcast(choose(everything, count))
+        def chosen(indices: list[int], count: int) -> list[int]:  # by the first process, whose seed may be another
+            return self.trainer.strategy.broadcast(choose(indices, count))
 
-        if not self.learns:
-            self.held_out = dataset.subsample(chosen(MOST))
-        elif len(dataset) < FEWEST or self.hold_out == 0:
-            self._learned = dataset.subsample(chosen(MOST))
+        if self.learns:
+            holds_out = len(dataset) >= FEWEST and self.hold_out > 0
+            held_out = chosen(new, min(MOST, max(1, int(len(dataset) * self.hold_out)))) if holds_out else []
+            learned = sorted(set(range(len(dataset))) - set(held_out))
         else:
-            held_out = chosen(min(MOST, max(1, int(len(dataset) * self.hold_out))))
+            held_out, learned = chosen(new, MOST), known
+        if held_out:
             self.held_out = dataset.subsample(held_out)
-            learned = dataset.subsample(sorted(set(everything) - set(held_out)))
-            self._learned = learned if len(held_out) < ENOUGH else None
-            self.swap_training_set(learned)
+            self._learned = dataset.subsample(learned) if learned and len(held_out) < ENOUGH else None
+        else:
+            self._learned = dataset.subsample(chosen(learned, MOST))
+        if self.learns and held_out:
+            self.swap_training_set(dataset.subsample(learned))
 
     def on_train_start(self) -> None:
         """Say what will be learned from, and decide where the tokens go, before it takes time.
@@ -399,8 +407,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
     def fit(self) -> None:
         """Learn dictionary and guides from the stored tokens, and save the guides file."""
         if not self.learns:
-            self.add_good(self.held_out)
-            self.place_thresholds()
+            self._place_thresholds()
             return
 
         def log(losses: dict[str, float], epoch: int) -> None:
@@ -423,15 +430,24 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
                 categories=getattr(datamodule, "auxiliary_categories", None),
                 images=len(loader.dataset),
                 labels="labelled" if self._is_labelled(loader.dataset) else "synthetic",
+                digests=self._digests(loader.dataset),
             )
         self.model.store.clear()
+        self._place_thresholds()
+        logger.info("Seconds spent: %s.", ", ".join(f"{name} {s:.0f}" for name, s in self.model.seconds.items()))
+        if self.trainer.is_global_zero:
+            logger.info("Guides saved to %s. SPG(guides_file=...) uses them on other data without training.", path)
+
+    def _digests(self, dataset: Any) -> list[str]:  # noqa: ANN401  # any dataset a user may bring
+        """Good images that the guides have been learned from, so that another run does not take them for new."""
+        good = [path for path, label in image_labels(dataset) if label != 1] if hasattr(dataset, "samples") else []
+        return sorted({*self._known, *map(short_digest, good)} - {""})
+
+    def _place_thresholds(self) -> None:
         self.add_good(self._learned, learned_from=True, correction=OWN_IMAGES)
         self.add_good(self.held_out)
         self.place_thresholds()
         self._learned = None
-        logger.info("Seconds spent: %s.", ", ".join(f"{name} {s:.0f}" for name, s in self.model.seconds.items()))
-        if self.trainer.is_global_zero:
-            logger.info("Guides saved to %s. SPG(guides_file=...) uses them on other data without training.", path)
 
     def explain(self, images: torch.Tensor, tokens: Tokens | None = None) -> list[Explanation]:
         """Split the scores of images into atoms; see :func:`anomalib_spg.explain.explain`.

@@ -116,6 +116,19 @@ def copies(paths: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def short_digest(path: str | Path) -> str:
+    """Digest of a file's contents, by which an image is known again wherever it lies.
+
+    Args:
+        path (str | Path): File.
+
+    Returns:
+        str: 8 hexadecimal digits, which tell the images of a dataset apart; empty if there is no such file.
+    """
+    path = Path(path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:8] if path.is_file() else ""
+
+
 def image_labels(dataset: AnomalibDataset) -> list[tuple[str, int]]:
     """Paths and labels of a dataset's images.
 

@@ -13,9 +13,12 @@ from anomalib.data import Folder
 from anomalib.engine import Engine
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
+from safetensors.torch import save_file
 from torchvision.transforms.v2 import RandomHorizontalFlip
 
 from anomalib_spg import SPG, AuxiliaryTarget, SPGModel
+from anomalib_spg.components.files import load_tensors, save_tensors
+from anomalib_spg.components.normal_images import short_digest
 from anomalib_spg.guides import read_guides
 from anomalib_spg.synthesis import AnomalySynthesizer
 from tests.helpers import TINY, data, engine, make_mvtec, raw_metrics
@@ -237,6 +240,50 @@ def test_a_quarter_of_the_good_images_is_held_out(tmp_path: Path) -> None:
     assert len(few.post_processor._scores["learned"]) == 6
     zero_shot = fit(12, backbone=None, layers=None, image_size=None, guides_file=many.guides_path)
     assert zero_shot.post_processor.threshold.images == 12
+
+
+@pytest.mark.parametrize(("count", "hold_out"), [(12, 0.25), (12, 0.0), (5, 0.25)])
+def test_guides_know_the_images_they_were_learned_from(count: int, hold_out: float, tmp_path: Path) -> None:
+    """A run that uses them has the threshold of the run that learned them; other images, and older files, are new."""
+    root = make_mvtec(tmp_path / "data", ("brick",), count=count) / "brick/train/good"
+
+    def fit(folder: Path, **arguments: Any) -> tuple[SPG, Path]:
+        model = build(seed=0, hold_out=hold_out, **arguments)
+        source = Folder("good", folder, num_workers=0, test_split_mode="none", val_split_mode="none")
+        run = engine(tmp_path, limit_val_batches=0)
+        run.fit(model=model, datamodule=source)
+        return model, Path(run.trainer.default_root_dir) / "weights" / "guides.safetensors"
+
+    learned, path = fit(root)
+    elsewhere = shutil.copytree(root, tmp_path / "copy")
+
+    def use(guides: Path, **arguments: Any) -> SPG:
+        weights = tmp_path / "weights.safetensors"
+        save_file(learned.model.backbone.vit.state_dict(), weights)
+        given = {"backbone": None, "layers": None, "image_size": None, "guides_file": guides, "weights": weights}
+        return fit(elsewhere, **given, **arguments)[0]
+
+    used = use(path)
+    assert used.post_processor._scores == learned.post_processor._scores
+    assert torch.equal(used.post_processor.image_threshold, learned.post_processor.image_threshold)
+    assert torch.equal(used.post_processor.pixel_threshold, learned.post_processor.pixel_threshold)
+    kinds = {kind: len(scores) for kind, scores in used.post_processor._scores.items()}
+    held_out = 3 if hold_out and count == 12 else 0
+    assert kinds == {"held_out": held_out, "learned": count - held_out, "good": 0, "bad": 0}
+
+    learned_on = use(path, learn_on=True)
+    assert len(learned_on.post_processor._scores["held_out"]) == held_out, (
+        "those that they were learned from are not new"
+    )
+
+    digests = read_guides(path)[1]["trained_on"]["digests"]
+    assert len(digests) == count - held_out
+    changed = next(image for image in sorted(elsewhere.iterdir()) if short_digest(image) in digests)
+    Image.effect_noise((96, 96), 40).convert("RGB").save(changed)
+    assert len(use(path).post_processor._scores["held_out"]) == held_out + 1
+    tensors, header = load_tensors(path)
+    save_tensors(tmp_path / "older.safetensors", tensors, {**header, "trained_on": '{"dataset": "own"}'})
+    assert len(use(tmp_path / "older.safetensors").post_processor._scores["held_out"]) == count
 
 
 def test_a_second_fit_learns_the_new_data(mvtec: Path, tmp_path: Path) -> None:
