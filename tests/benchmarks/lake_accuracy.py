@@ -243,6 +243,7 @@ def main() -> None:  # noqa: C901  # a branch for each table
     parser.add_argument("--data", type=Path, default=Path("quickstart"))
     parser.add_argument("--cache", type=Path, default=Path("lake_tokens"))
     parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--shifts", type=int, default=2, help="LAKE's num_shifts; tables of before it had 1")
     arguments = parser.parse_args()
     arguments.cache.mkdir(parents=True, exist_ok=True)
     sources = collect(arguments.data, arguments.cache)
@@ -256,6 +257,7 @@ def main() -> None:  # noqa: C901  # a branch for each table
         print(f"| {title} | {' | '.join(cells)} |", flush=True)
 
     def few(shots: int, **options) -> Callable[[Source, int], tuple[float, float]]:
+        options = {"scoring": {"num_shifts": arguments.shifts}, **options}
         return lambda source, draw: lake(source, shots, draw, **options)
 
     print(f"| | {' | '.join(sources)} |\n|---{'|---' * len(sources)}|")
