@@ -10,8 +10,8 @@ unseen good ones and 40 bad ones. LAKE compares with 1 or 4 of the 24 and places
 of them, its default, and places it by what each scores against the others. Mean over ``--draws`` of the good images
 that are compared with. Without rotations images are compared with as they are, or with shifted copies (``--shifts``).
 ``--objects`` takes objects that lie nearly in place: there rotated copies bring nothing. Every image passes the
-backbone once, copies whenever they are needed. Printed are image AUROC by part, the share of good images rejected and bad ones
-accepted at the default false-alarm rate, in percent, and the seconds that the fit took.
+backbone once, copies whenever they are needed. Printed are image AUROC by part, the share of good images rejected and
+bad ones accepted at the default false-alarm rate, in percent, and the seconds that the fit took.
 """
 
 import argparse
