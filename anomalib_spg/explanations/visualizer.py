@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -21,6 +22,7 @@ from lightning.pytorch import LightningModule, Trainer
 from PIL import Image, ImageOps
 
 from anomalib_spg.components.backbone import Tokens
+from anomalib_spg.components.decisions import FILE, numbered
 from anomalib_spg.components.files import atomic_write
 from anomalib_spg.components.hub import beside, local_file
 from anomalib_spg.components.pictures import MOST, log_picture
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PREDICTIONS = "explanations_of_predictions"
 THUMBNAIL = 224  # pixels
 DPI = 90
 
@@ -49,7 +52,9 @@ class ExplanationVisualizer(ImageVisualizer):
 
     Beside anomalib's ``images/`` it writes the folder ``explanations/``, or ``explanations_of_predictions/``: a picture
     per explained image, pictures of the model, ``explanations.json``, and the page ``index.html``, which opens without
-    internet. What an earlier run left there is removed. While a run has not finished, ``explanations.json`` says so.
+    internet. A second test of one run replaces its explanations; those of earlier predictions are kept, and the next
+    ones have the number of their table: ``explanations_of_predictions_2`` beside ``predictions_2.csv``. While a run has
+    not finished, ``explanations.json`` says so.
 
     Explanations need no second pass through the backbone: a forward hook keeps the tokens of the current batch. During
     training the visualizer keeps up to 256 images as JPEG, with each atom's max-activating patches (SPG) or as the
@@ -140,9 +145,10 @@ class ExplanationVisualizer(ImageVisualizer):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook the backbone, find the examples, and prepare the folders."""
-        name = "explanations" if trainer.testing else "explanations_of_predictions"
+        results = Path(trainer.default_root_dir)
+        folder = results / "explanations" if trainer.testing else _next_predictions(results)
         # anomalib gives each process its own results folder; all write to that of rank 0
-        self._folder = Path(trainer.strategy.broadcast(str(trainer.default_root_dir))) / name
+        self._folder = Path(trainer.strategy.broadcast(str(folder)))
         kinds = ("pictures", "thumbnails")
         if trainer.is_global_zero:
             with _naming(self._folder):
@@ -328,6 +334,18 @@ class ExplanationVisualizer(ImageVisualizer):
         self._hook = self._tokens = None
 
 
+def _next_predictions(results: Path) -> Path:
+    """Folder of the first number that neither a table nor whole explanations of earlier predictions have."""
+    pairs = ((results / numbered(FILE, number), results / numbered(PREDICTIONS, number)) for number in count(1))
+    return next(folder for table, folder in pairs if not table.exists() and not _is_whole(folder))
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder holds the explanations of a run that has finished."""
+    path = folder / RECORDS
+    return path.is_file() and path.read_text(encoding="utf-8", errors="replace") != _as_text(UNFINISHED)
+
+
 def _category(trainer: Trainer) -> str | None:
     """What the images show, if the datamodule has a category or a name."""
     datamodule = getattr(trainer, "datamodule", None)
@@ -373,7 +391,11 @@ def _finite(value: float | torch.Tensor) -> float | None:
 def _write_records(folder: Path, run: dict[str, Any]) -> None:
     """Write the records whole or not at all."""
     with atomic_write(folder / RECORDS) as temporary:
-        temporary.write_text(json.dumps(run, indent=1, allow_nan=False), encoding="utf-8")
+        temporary.write_text(_as_text(run), encoding="utf-8")
+
+
+def _as_text(run: dict[str, Any]) -> str:
+    return json.dumps(run, indent=1, allow_nan=False)
 
 
 @contextmanager

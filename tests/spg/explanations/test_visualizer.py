@@ -303,7 +303,8 @@ def tiny() -> SPG:
 def explain_predictions(model: SPG, folder: Path, images: Path) -> list[dict[str, Any]]:
     """Records of a prediction."""
     engine(folder).predict(model, data_path=images)
-    return json.loads(next(folder.rglob("explanations.json")).read_text())["images"]
+    newest = max(folder.rglob("explanations.json"), key=lambda path: path.stat().st_mtime_ns)
+    return json.loads(newest.read_text())["images"]
 
 
 def test_names_that_are_alike_or_odd(tiny: SPG, tmp_path: Path) -> None:
@@ -355,7 +356,7 @@ def test_scores_that_are_no_numbers(tiny: SPG, tmp_path: Path) -> None:
 
 
 def test_what_is_not_ours_stays(tiny: SPG, tmp_path: Path) -> None:
-    """Pictures of an earlier run go; a folder of the user's that happens to have the same name is left alone."""
+    """A folder of the user's that happens to have the same name is left alone."""
     Image.new("RGB", (50, 50)).save(tmp_path / "x.png")
     folder = tmp_path / "out" / "SPG" / "latest" / "explanations_of_predictions"
     (folder / "pictures").mkdir(parents=True)
@@ -363,9 +364,31 @@ def test_what_is_not_ours_stays(tiny: SPG, tmp_path: Path) -> None:
         (folder / name).write_text("mine")
     assert len(explain_predictions(tiny, tmp_path / "out", tmp_path / "x.png")) == 1
     assert (folder / "pictures" / "mine.jpg").is_file()
-    explain_predictions(tiny, tmp_path / "out", tmp_path / "x.png")
-    assert [path.name for path in (folder / "pictures").iterdir()] == ["00000_x.jpg"]
     assert (folder / "mine.txt").is_file()
+
+
+def test_earlier_predictions_stay(tiny: SPG, tmp_path: Path) -> None:
+    """Explanations have the number of their table, whether or not each prediction was explained."""
+    for name in "abc":
+        Image.new("RGB", (50, 50)).save(tmp_path / f"{name}.png")
+    explain_predictions(tiny, tmp_path / "out", tmp_path / "a.png")
+    folder = next((tmp_path / "out").rglob("explanations_of_predictions"))
+    shutil.copy(folder.parent / "predictions.csv", folder.parent / "predictions_2.csv")  # of a run without explanations
+    explain_predictions(tiny, tmp_path / "out", tmp_path / "b.png")
+    (folder.parent / "predictions.csv").unlink()
+    explain_predictions(tiny, tmp_path / "out", tmp_path / "c.png")
+    for end, name in (("", "a"), ("_3", "b"), ("_4", "c")):
+        numbered = folder.with_name(folder.name + end)
+        assert [path.name for path in (numbered / "pictures").iterdir()] == [f"00000_{name}.jpg"]
+        assert (numbered / "index.html").is_file()
+    assert "/b.png" in (folder.parent / "predictions_3.csv").read_text()
+
+
+def test_a_second_test_replaces_the_first(tiny: SPG, mvtec: Path, tmp_path: Path) -> None:
+    """Its images are the same, and so is its folder."""
+    for batches, pictures in ((2, 6), (1, 3)):
+        engine(tmp_path, limit_test_batches=batches).test(tiny, datamodule=data(mvtec))
+        assert len(list(tmp_path.rglob("explanations*/pictures/*.jpg"))) == pictures
 
 
 def test_an_interrupted_run_lets_go(tiny: SPG, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,19 +401,20 @@ def test_an_interrupted_run_lets_go(tiny: SPG, tmp_path: Path, monkeypatch: pyte
 
 
 def test_an_interrupted_run_says_so(tiny: SPG, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its pictures do not pass for those of the run before, nor is there half a file; the next run is whole again."""
+    """Its pictures do not pass for those of a whole run, nor is there half a file; the next run is whole again."""
     for name in "ab":
         Image.new("RGB", (50, 50)).save(tmp_path / f"{name}.png")
-    explain_predictions(tiny, tmp_path / "out", tmp_path / "a.png")
-    folder = next((tmp_path / "out").rglob("explanations_of_predictions"))
     with monkeypatch.context() as patched:
         patched.setattr(ExplanationVisualizer, "on_predict_end", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             explain_predictions(tiny, tmp_path / "out", tmp_path / "b.png")
+    folder = next((tmp_path / "out").rglob("explanations_of_predictions"))
     assert [path.name for path in (folder / "pictures").iterdir()] == ["00000_b.jpg"]
     assert not (folder / "index.html").exists()
     with pytest.raises(ValueError, match="being written, or their run was interrupted"):
         write_report(tmp_path / "out")
+    for table in folder.parent.glob("predictions*.csv"):
+        table.unlink()
     assert len(explain_predictions(tiny, tmp_path / "out", tmp_path / "a.png")) == 1
     assert [path.name for path in (folder / "pictures").iterdir()] == ["00000_a.jpg"]
     assert (folder / "index.html").is_file()
