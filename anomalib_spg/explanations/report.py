@@ -40,13 +40,15 @@ OF_RUN: dict[str, tuple[type, ...]] = {
 }
 OF_IMAGE: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("category", "name", "path", "unit", "picture", "thumbnail"), (str,)),
-    **dict.fromkeys(("score", "threshold"), NUMBER),
+    **dict.fromkeys(("score", "threshold", "raw_score", "raw_threshold", "base"), NUMBER),
     **dict.fromkeys(("rejected", "defective"), YES_OR_NO),
     "parts": (list,),
+    "others": (dict,),
     "other": (dict,),
     "defects": (list,),
 }
 OF_PART: dict[str, tuple[type, ...]] = {"block": (int,), "unit": (int,), "adds": NUMBER, "share": NUMBER}
+OF_OTHERS: dict[str, tuple[type, ...]] = {"count": (int,), "adds": NUMBER}
 OF_DEFECT: dict[str, tuple[type, ...]] = {"box": (list,), "area": (int,), "score": NUMBER, "contour": (list,)}
 
 
@@ -118,6 +120,7 @@ def _wrong(run: Any) -> str | None:  # noqa: ANN401  # anything may be in a file
         wrong = wrong or next(
             filter(None, (odd(part, OF_PART, f"a part of image {number}") for part in image["parts"])), None
         )
+        wrong = wrong or odd(image["others"], OF_OTHERS, f"'others' of image {number}")
         wrong = wrong or next(
             filter(None, (odd(found, OF_DEFECT, f"a defect of image {number}") for found in image.get("defects", []))),
             None,

@@ -242,17 +242,17 @@ class ExplanationVisualizer(ImageVisualizer):
         """Write the picture of one image, and remember its record."""
         backbone = model.model.backbone
         source = Path(cast("list[str]", batch.image_path)[index])
-        threshold = _shown_threshold(model)
+        score, threshold, raw_threshold = _shown(model, batch, index)
         picture = to_picture(cast("torch.Tensor", batch.image)[index], backbone.mean, backbone.std)
         shown_map = cast("torch.Tensor", batch.anomaly_map)[index].detach().float().squeeze().cpu()
         figure = plot_explanation(
             explanation,
             picture,
             self._examples,
-            threshold,
+            raw_threshold,
             backbone.patch_size,
             self.parts,
-            title=decision(explanation.score, threshold, rejected),
+            title=decision(score, threshold, rejected),
             shown_map=shown_map,
         )
         # File names may be equal in two folders, not valid in a URL, or as long as the file system allows.
@@ -264,13 +264,16 @@ class ExplanationVisualizer(ImageVisualizer):
         shown = heatmap(picture, shown_map)
         thumbnail = ImageOps.contain(Image.fromarray(shown), (THUMBNAIL, THUMBNAIL))
         thumbnail.save(self._folder / "thumbnails" / file, quality=85)
-        shares = explanation.shares
+        shares, top = explanation.shares, explanation.top(self.parts)
+        others, rest = explanation.others(top)
         self._records.append({
             "category": _category(trainer) or source.parent.name,
             "path": _printable(str(source)),
             "unit": explanation.unit,
-            "score": _finite(explanation.score),
+            "score": _finite(score),
             "threshold": threshold,
+            "raw_score": _finite(explanation.score),
+            "raw_threshold": raw_threshold,
             "rejected": rejected,
             "defective": None if batch.gt_label is None else bool(batch.gt_label[index]),
             "picture": f"pictures/{file}",
@@ -283,8 +286,10 @@ class ExplanationVisualizer(ImageVisualizer):
                     "share": _finite(shares[part]),
                     "opposed": explanation.opposed is not None and bool(explanation.opposed[part]),
                 }
-                for part in explanation.top(self.parts)
+                for part in top
             ],
+            "base": explanation.base,
+            "others": {"count": others, "adds": _finite(rest)},
             "other": {name: _finite(value) for name, value in explanation.other.items()},
             "defects": [defect._asdict() | {"score": _finite(defect.score)} for defect in defects_of(batch, index)],
         })
@@ -361,12 +366,17 @@ def _threshold(model: "_Model") -> float | None:
     return None if math.isnan(threshold) else threshold
 
 
-def _shown_threshold(model: "_Model") -> float | None:
-    """Raw threshold, if it decides: not with a changed sensitivity, nor without normalisation."""
-    post_processor = model.post_processor
-    if not isinstance(post_processor, PostProcessor) or not post_processor.enable_normalization:
-        return None
-    return _threshold(model) if math.isclose(float(post_processor.image_sensitivity), 0.5) else None
+def _shown(model: "_Model", batch: ImageBatch, index: int) -> tuple[float, float | None, float | None]:
+    """Score and threshold as ``predictions.csv`` has them, and the raw threshold where it decides.
+
+    The raw one does not decide with a changed sensitivity, nor without normalisation.
+    """
+    score = float(cast("torch.Tensor", batch.pred_score)[index])
+    raw, post_processor = _threshold(model), model.post_processor
+    if raw is None or not isinstance(post_processor, PostProcessor):
+        return score, None, None
+    decides = post_processor.enable_normalization and math.isclose(float(post_processor.image_sensitivity), 0.5)
+    return score, round(float(post_processor.normalized_image_threshold), 6), raw if decides else None
 
 
 def _printable(name: str) -> str:

@@ -26,7 +26,8 @@ def record(name: str = "bad/x.png", **changes: Any) -> dict[str, Any]:
     image = {"category": "nut", "name": name, "path": f"/in/{name}", "unit": "atom", "score": 0.9, "threshold": 0.5}
     files = {"picture": "pictures/0.jpg", "thumbnail": "thumbnails/0.jpg"}
     defect = {"box": [1, 2, 30, 40], "area": 777, "score": 0.75, "contour": [[1.5, 2.0], [30.0, 40.0], [1.5, 40.0]]}
-    lists = {"parts": [part], "other": {}, "defects": [defect]}
+    image |= {"raw_score": 0.7, "raw_threshold": 0.6, "base": 0.5}
+    lists = {"parts": [part], "others": {"count": 9, "adds": -0.1}, "other": {"text": 0.1}, "defects": [defect]}
     return {**image, "rejected": True, "defective": None, **files, **lists, **changes}
 
 
@@ -117,6 +118,7 @@ BROKEN = {
     "no_threshold": {"images": [{key: value for key, value in record().items() if key != "threshold"}]},
     "parts_by_name": {"images": [record(parts={"17": 0.2})]},
     "parts_without_block": {"images": [record(parts=[{"unit": 3, "adds": 0.1, "share": 0.1}])]},
+    "others_have_no_number": {"images": [record(others={"adds": 0.1})]},
     "other_is_nested": {"images": [record(other={"text": {"a": 1}})]},
     "defects_by_name": {"images": [record(defects={"1": 0.2})]},
     "defect_is_a_box": {"images": [record(defects=[[1, 2, 3, 4]])]},
@@ -159,6 +161,21 @@ def test_defects(tmp_path: Path) -> None:
     run_in(tmp_path, record("new.png"), earlier)
     images = shown(write_report(tmp_path))["images"]
     assert [image["defects"] for image in images] == [[{"score": 0.75, "area": 777, "box": [1, 2, 30, 40]}], []]
+
+
+@pytest.mark.command
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
+def test_scores_in_a_browser(tmp_path: Path) -> None:
+    """The shown score is the one that decides, on card and in dialog; the column of parts adds up to the raw one."""
+    run_in(tmp_path, record())
+    opened = dump(write_report(tmp_path), "image=0")
+    assert '<div class="small">score 0.900, threshold 0.500</div>' in opened
+    assert '<p class="decision">Rejected: score 0.900, threshold 0.500</p>' in opened
+    table = re.search(r'<table class="parts">(.*?)</table>', opened, flags=re.DOTALL).group(1)
+    assert "add up to the raw score 0.700 (raw threshold 0.600)" in table
+    rows = re.findall(r"<tr><td>(?:<button.*?>)?([^<]*)<.*?(-?\d\.\d{4})</td>", table)
+    expected = {"17": 0.2, "no preference": 0.5, "9 other atoms": -0.1, "text": 0.1, "raw score": 0.7}
+    assert {name: float(adds) for name, adds in rows} == expected
 
 
 def test_an_unfinished_newest_version(tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
+from anomalib.data import InferenceBatch
 from anomalib.data.utils import read_image
 from PIL import Image
 
@@ -142,6 +144,7 @@ def runs(tmp_path: Path) -> Path:
     """Two runs with made-up records, one of them with a name that tries to break out of the script."""
     part = {"block": 6, "unit": 17, "adds": 0.2, "share": 0.5}
     common = {"path": "p", "defective": True, "other": {"text": 0.1}, "picture": "p.jpg", "thumbnail": "t.jpg"}
+    common |= {"raw_score": 0.4, "raw_threshold": 0.3, "base": 0.0, "others": {"count": 0, "adds": 0.0}}
     for category, scores in (("nut", (0.6, 0.9, 0.3)), ("bolt", (0.7,))):
         images = [
             {
@@ -270,13 +273,14 @@ def test_other_models_are_refused() -> None:
 @pytest.mark.command
 @pytest.mark.slow
 def test_sensitivity_decides(spg: Path, tmp_path: Path) -> None:
-    """Rejected is what anomalib rejects, also where a sensitivity moves the threshold; the raw one is not shown."""
+    """Rejected is what anomalib rejects, also where a sensitivity moves the threshold; the raw one does not decide."""
     model = SPG.load_from_checkpoint(spg / "weights/lightning/model.ckpt", visualizer=ExplanationVisualizer())
     model.post_processor.image_sensitivity = torch.tensor(0.97)
     engine(tmp_path).predict(model, data_path=spg.parents[3] / "quickstart/textile/test/good")
     records = json.loads(next(tmp_path.rglob("explanations.json")).read_text())["images"]
     assert records
-    assert all(image["rejected"] and image["threshold"] is None for image in records)
+    assert all(image["rejected"] and image["raw_threshold"] is None for image in records)
+    assert {image["threshold"] for image in records} == {0.03}
 
 
 @pytest.fixture
@@ -320,6 +324,26 @@ def test_names_that_are_alike_or_odd(tiny: SPG, tmp_path: Path) -> None:
     assert all((folder / record[kind]).is_file() for record in records for kind in ("picture", "thumbnail"))
     assert all(record["rejected"] is None and record["threshold"] is None for record in records)
     assert not tiny.model.backbone._forward_hooks
+
+
+def test_scores_are_those_of_the_table(tiny: SPG, tmp_path: Path) -> None:
+    """As predictions.csv has them, with its threshold; the raw score is what the parts add up to."""
+    for number, name in enumerate("ab"):
+        Image.fromarray(np.full((70, 50, 3), 99 * number, np.uint8)).save(tmp_path / f"{name}.png")
+    tiny.post_processor.add_good(torch.linspace(0.2, 0.3, 9))
+    tiny.post_processor.place_thresholds()
+    records = explain_predictions(tiny, tmp_path / "out", tmp_path)
+    table = pd.read_csv(next(tmp_path.rglob("predictions.csv"))).set_index("image")
+    assert len(records) == 2
+    for record in records:
+        row = table.loc[record["path"]]
+        assert [record["score"], record["threshold"]] == pytest.approx([row.score, row.threshold], abs=1e-6)
+        shown = tiny.post_processor(InferenceBatch(torch.tensor([record["raw_score"]]), None)).pred_score
+        assert record["score"] == pytest.approx(float(shown), abs=1e-5)
+        assert record["raw_threshold"] == pytest.approx(float(tiny.post_processor.image_threshold))
+        total = record["base"] + sum(part["adds"] for part in record["parts"])
+        total += record["others"]["adds"] + sum(record["other"].values())
+        assert total == pytest.approx(record["raw_score"], abs=1e-5)
 
 
 def test_names_as_long_as_files_allow(tiny: SPG, tmp_path: Path) -> None:
