@@ -255,6 +255,25 @@ class GoodPartsPostProcessor(PostProcessor):
         for name, value in zip((f"_{kind}_threshold", f"{kind}_min", f"{kind}_max"), values, strict=True):
             getattr(self, name).copy_(value)
 
+    def good_below(self, score: float) -> tuple[int, int]:
+        """Compare a score with those of the good images that are known.
+
+        Args:
+            score (float): Raw score.
+
+        Returns:
+            tuple[int, int]: How many of them score lower, and how many there are.
+
+        Example:
+            >>> post_processor = GoodPartsPostProcessor()
+            >>> post_processor.add_good(torch.tensor([0.2, 0.3, 0.4]))
+            >>> post_processor.good_below(0.35)
+            (2, 3)
+        """
+        good = [*self._scores["held_out"], *self._scores["learned"], *self._scores["good"]]
+        limit = float(logit(self.to_unit(torch.tensor(score))))
+        return sum(x < limit for x in good), len(good)
+
     def report(self) -> str:
         """Say what the threshold rests on and what to expect of it.
 

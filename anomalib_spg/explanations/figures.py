@@ -80,6 +80,7 @@ def plot_explanation(
     parts: int = 5,
     title: str | None = None,
     shown_map: torch.Tensor | None = None,
+    words: str = "",
 ) -> Figure:
     """Show why an image has its score.
 
@@ -96,6 +97,7 @@ def plot_explanation(
         parts (int): Parts to show. Defaults to 5.
         title (str | None): First line. ``None`` says raw score and decision.
         shown_map (torch.Tensor | None): Anomaly map ``(H, W)`` of shown scores. ``None`` takes the raw one.
+        words (str): The decision in plain words, see :func:`.words.in_words`, above the sum. Defaults to none.
 
     Returns:
         Figure: 12 (without examples 6.5) inches wide, about 8 high with five parts.
@@ -155,7 +157,8 @@ def plot_explanation(
         name = "patch" if compared == 1 else f"window of {compared} x {compared} patches"
         show(figure.add_subplot(pair[0]), own, f"the {name} that decides, and around it")
         show(figure.add_subplot(pair[1]), nearest, f"the nearest normal {name}, and around it")
-    figure.supxlabel(fill(sentence(explanation, top, threshold), 150 if has_right else 80), fontsize=9)
+    caption = filter(None, (words, sentence(explanation, top, threshold)))
+    figure.supxlabel("\n".join(fill(line, 150 if has_right else 80) for line in caption), fontsize=9)
     return figure
 
 

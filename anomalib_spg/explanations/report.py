@@ -39,7 +39,7 @@ OF_RUN: dict[str, tuple[type, ...]] = {
     "images": (list,),
 }
 OF_IMAGE: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("category", "name", "path", "unit", "picture", "thumbnail"), (str,)),
+    **dict.fromkeys(("category", "name", "path", "unit", "words", "picture", "thumbnail"), (str,)),
     **dict.fromkeys(("score", "threshold", "raw_score", "raw_threshold", "base"), NUMBER),
     **dict.fromkeys(("rejected", "defective"), YES_OR_NO),
     "parts": (list,),

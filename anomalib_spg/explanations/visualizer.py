@@ -26,12 +26,14 @@ from anomalib_spg.components.decisions import FILE, numbered
 from anomalib_spg.components.files import atomic_write
 from anomalib_spg.components.hub import beside, local_file
 from anomalib_spg.components.pictures import MOST, log_picture
+from anomalib_spg.components.post_processor import GoodPartsPostProcessor
 from anomalib_spg.components.regions import defects_of
 
 from .examples import EXAMPLES, Examples, digest, to_picture
 from .explanation import ExplainableModel, Explanation
 from .figures import decision, heatmap, plot_explanation
 from .report import RECORDS, UNFINISHED, write_report
+from .words import in_words
 
 if TYPE_CHECKING:
     from anomalib_spg.components.lightning import FrozenBackboneMixin
@@ -245,6 +247,12 @@ class ExplanationVisualizer(ImageVisualizer):
         score, threshold, raw_threshold = _shown(model, batch, index)
         picture = to_picture(cast("torch.Tensor", batch.image)[index], backbone.mean, backbone.std)
         shown_map = cast("torch.Tensor", batch.anomaly_map)[index].detach().float().squeeze().cpu()
+        found = defects_of(batch, index)
+        below = (0, 0)
+        if isinstance(model.post_processor, GoodPartsPostProcessor):
+            below = model.post_processor.good_below(explanation.score)
+        has_nearest = explanation.nearest is not None and self._examples is not None
+        words = in_words(explanation, rejected, below, found, has_nearest)
         figure = plot_explanation(
             explanation,
             picture,
@@ -254,6 +262,7 @@ class ExplanationVisualizer(ImageVisualizer):
             self.parts,
             title=decision(score, threshold, rejected),
             shown_map=shown_map,
+            words=words,
         )
         # File names may be equal in two folders, not valid in a URL, or as long as the file system allows.
         number = len(self._records) * trainer.world_size + trainer.global_rank
@@ -276,6 +285,7 @@ class ExplanationVisualizer(ImageVisualizer):
             "raw_threshold": raw_threshold,
             "rejected": rejected,
             "defective": None if batch.gt_label is None else bool(batch.gt_label[index]),
+            "words": words,
             "picture": f"pictures/{file}",
             "thumbnail": f"thumbnails/{file}",
             "parts": [
@@ -291,7 +301,7 @@ class ExplanationVisualizer(ImageVisualizer):
             "base": explanation.base,
             "others": {"count": others, "adds": _finite(rest)},
             "other": {name: _finite(value) for name, value in explanation.other.items()},
-            "defects": [defect._asdict() | {"score": _finite(defect.score)} for defect in defects_of(batch, index)],
+            "defects": [defect._asdict() | {"score": _finite(defect.score)} for defect in found],
         })
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

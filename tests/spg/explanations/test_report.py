@@ -26,7 +26,7 @@ def record(name: str = "bad/x.png", **changes: Any) -> dict[str, Any]:
     image = {"category": "nut", "name": name, "path": f"/in/{name}", "unit": "atom", "score": 0.9, "threshold": 0.5}
     files = {"picture": "pictures/0.jpg", "thumbnail": "thumbnails/0.jpg"}
     defect = {"box": [1, 2, 30, 40], "area": 777, "score": 0.75, "contour": [[1.5, 2.0], [30.0, 40.0], [1.5, 40.0]]}
-    image |= {"raw_score": 0.7, "raw_threshold": 0.6, "base": 0.5}
+    image |= {"words": "Rejected, because.", "raw_score": 0.7, "raw_threshold": 0.6, "base": 0.5}
     lists = {"parts": [part], "others": {"count": 9, "adds": -0.1}, "other": {"text": 0.1}, "defects": [defect]}
     return {**image, "rejected": True, "defective": None, **files, **lists, **changes}
 
@@ -166,11 +166,14 @@ def test_defects(tmp_path: Path) -> None:
 @pytest.mark.command
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
 def test_scores_in_a_browser(tmp_path: Path) -> None:
-    """The shown score is the one that decides, on card and in dialog; the column of parts adds up to the raw one."""
+    """The shown score decides, on card and in dialog, and in words; the column of parts adds up to the raw one."""
     run_in(tmp_path, record())
     opened = dump(write_report(tmp_path), "image=0")
     assert '<div class="small">score 0.900, threshold 0.500</div>' in opened
     assert '<p class="decision">Rejected: score 0.900, threshold 0.500</p>' in opened
+    assert '<p class="words">Rejected, because.</p>' in opened
+    assert "<dt>Atom</dt>" in opened
+    assert "<dt>Neuron</dt>" not in opened
     table = re.search(r'<table class="parts">(.*?)</table>', opened, flags=re.DOTALL).group(1)
     assert "add up to the raw score 0.700 (raw threshold 0.600)" in table
     rows = re.findall(r"<tr><td>(?:<button.*?>)?([^<]*)<.*?(-?\d\.\d{4})</td>", table)

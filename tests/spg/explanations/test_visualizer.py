@@ -144,7 +144,7 @@ def runs(tmp_path: Path) -> Path:
     """Two runs with made-up records, one of them with a name that tries to break out of the script."""
     part = {"block": 6, "unit": 17, "adds": 0.2, "share": 0.5}
     common = {"path": "p", "defective": True, "other": {"text": 0.1}, "picture": "p.jpg", "thumbnail": "t.jpg"}
-    common |= {"raw_score": 0.4, "raw_threshold": 0.3, "base": 0.0, "others": {"count": 0, "adds": 0.0}}
+    common |= {"words": "", "raw_score": 0.4, "raw_threshold": 0.3, "base": 0.0, "others": {"count": 0, "adds": 0.0}}
     for category, scores in (("nut", (0.6, 0.9, 0.3)), ("bolt", (0.7,))):
         images = [
             {
