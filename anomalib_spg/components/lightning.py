@@ -44,12 +44,14 @@ class FrozenBackboneMixin(ExactExports):
         default_backbone (str): timm name of the backbone the default pre-processor is made for.
         prior (Prior): How much the logits of good parts usually vary.
         held_out (AnomalibDataset | None): While it is fitted, good images it does not learn from.
+        product (str | None): What the images show that it was fitted on, where their datamodule has a name.
     """
 
     default_backbone: ClassVar[str] = DEFAULT_BACKBONE
     prior: ClassVar[Prior] = WEAK_PRIOR
 
     held_out: AnomalibDataset | None = None
+    product: str | None = None
     _swapped: tuple[Any, Any] | None = None
 
     @staticmethod
@@ -159,6 +161,8 @@ class FrozenBackboneMixin(ExactExports):
         """
         super().setup(stage)
         check_precision(str(self.trainer.precision))
+        if stage == "fit":
+            self.product = category_of(self.trainer)
         if self.trainer.world_size > 1:
             self._check_images()
         if stage == "fit" and isinstance(self.trainer.strategy, DDPStrategy):
@@ -270,6 +274,7 @@ class FrozenBackboneMixin(ExactExports):
         """Keep what the checkpoint's tensors mean where nothing writes over it."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["identity"] = self.identity()
+        checkpoint["product"] = self.product
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore component configuration, and refuse the checkpoint of another model.
@@ -279,6 +284,7 @@ class FrozenBackboneMixin(ExactExports):
         """
         super().on_load_checkpoint(checkpoint)
         check_identity(checkpoint, self.identity())
+        self.product = checkpoint.get("product") or self.product
         # Metrics may have been others when the checkpoint was saved; they keep nothing that testing needs.
         state = checkpoint.get("state_dict", {})
         own = {} if self.evaluator is None else self.evaluator.state_dict(prefix="evaluator.")
@@ -303,6 +309,20 @@ class FrozenBackboneMixin(ExactExports):
                 validate such a model: it would never see the training images, nor run in ``anomalib benchmark``.
         """
         return LearningType.ONE_CLASS
+
+
+def category_of(trainer: Trainer) -> str | None:
+    """Name what the images of a run show.
+
+    Args:
+        trainer (Trainer): Trainer of the run.
+
+    Returns:
+        str | None: The datamodule's category or name, if it has one.
+    """
+    datamodule = getattr(trainer, "datamodule", None)
+    category = getattr(datamodule, "category", None) or getattr(datamodule, "name", None)
+    return None if category is None else str(category)
 
 
 def check_seed(seed: int | None) -> None:

@@ -32,6 +32,7 @@ NUMBER = (float, int, type(None))  # none where it is not finite
 YES_OR_NO = (bool, type(None))
 OF_RUN: dict[str, tuple[type, ...]] = {
     "model": (str,),
+    "product": (str,),
     "category": (str,),
     "figures": (dict,),
     "learned": (str,),
@@ -174,7 +175,7 @@ def write_report(folder: str | Path, name: str = "index.html") -> Path:
             for image in run["images"]
         ]
         figures += [
-            {"title": f"{run['model']}, {run['category']}: {title}", "file": _link(base / file)}
+            {"title": f"{', '.join(filter(None, (run['model'], run['product'])))}: {title}", "file": _link(base / file)}
             for title, file in run["figures"].items()
         ]
     page = folder / name
@@ -240,9 +241,11 @@ def _common_figures(folder: Path, runs: list[tuple[Path, dict[str, Any]]]) -> li
             title = f"which atoms explain rejections in {', '.join(categories)}"
             save(plot_usage(images), f"atoms_{re.sub(r'[^0-9A-Za-z]', '_', learned)}.png", title)
     with_neurons = [run for _, run in runs if any(run.get("neurons", {}).values())]
-    alike = len({run["category"] for run in with_neurons}) < len(with_neurons)
+    names = [run["product"] or run["category"] for run in with_neurons]
+    alike = len(set(names)) < len(names)
     products = {
-        f"{run['category']}, {run['model']}" if alike else run["category"]: run["neurons"] for run in with_neurons
+        f"{name}, {run['model']}" if alike else name: run["neurons"]
+        for name, run in zip(names, with_neurons, strict=True)
     }
     if len(products) > 1:
         save(plot_overlap(products), "neurons.png", "sensitive neurons that products share")

@@ -25,6 +25,7 @@ from anomalib_spg.components.backbone import Tokens
 from anomalib_spg.components.decisions import FILE, numbered
 from anomalib_spg.components.files import atomic_write
 from anomalib_spg.components.hub import beside, local_file
+from anomalib_spg.components.lightning import category_of
 from anomalib_spg.components.pictures import MOST, log_picture
 from anomalib_spg.components.post_processor import GoodPartsPostProcessor
 from anomalib_spg.components.regions import defects_of
@@ -276,7 +277,7 @@ class ExplanationVisualizer(ImageVisualizer):
         shares, top = explanation.shares, explanation.top(self.parts)
         others, rest = explanation.others(top)
         self._records.append({
-            "category": _category(trainer) or source.parent.name,
+            "category": _category(trainer, model) or source.parent.name,
             "path": _printable(str(source)),
             "unit": explanation.unit,
             "score": _finite(score),
@@ -326,7 +327,8 @@ class ExplanationVisualizer(ImageVisualizer):
             figures[title] = f"{name}.jpg"
         run = {
             "model": type(model).__name__,
-            "category": _category(trainer) or ", ".join(of_folders) or self._folder.parent.parent.name,
+            "product": _printable(model.product or category_of(trainer) or ""),
+            "category": _category(trainer, model) or ", ".join(of_folders) or self._folder.parent.parent.name,
             "figures": figures,
             "learned": self._learned,
             "neurons": model.chosen_neurons(),
@@ -361,11 +363,10 @@ def _is_whole(folder: Path) -> bool:
     return path.is_file() and path.read_text(encoding="utf-8", errors="replace") != _as_text(UNFINISHED)
 
 
-def _category(trainer: Trainer) -> str | None:
-    """What the images show, if the datamodule has a category or a name."""
-    datamodule = getattr(trainer, "datamodule", None)
-    category = getattr(datamodule, "category", None) or getattr(datamodule, "name", None)
-    return None if category is None else _printable(str(category))
+def _category(trainer: Trainer, model: "_Model") -> str | None:
+    """What the images show: the datamodule says it, else they are taken for the product that was learned."""
+    category = category_of(trainer) or model.product
+    return None if category is None else _printable(category)
 
 
 def _threshold(model: "_Model") -> float | None:

@@ -35,7 +35,7 @@ def run_in(folder: Path, *images: dict[str, Any], kind: str = "explanations", **
     """A run's folder with its records and pictures."""
     folder = folder / kind
     run = {"model": "SPG", "category": "nut", "figures": {"guides": "guides.jpg"}, "learned": "a", "neurons": {}}
-    run |= {"images": list(images) or [record()], **changes}
+    run |= {"product": "", "images": list(images) or [record()], **changes}
     for path in {"guides.jpg", *(image[key] for image in run["images"] for key in ("picture", "thumbnail"))}:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(folder / path)
@@ -93,6 +93,23 @@ def test_newest_version(tmp_path: Path) -> None:
     assert len(data["left_out"]) == 1
     assert "v9/explanations' is older than" in data["left_out"][0]
     assert {image["model"] for image in data["images"]} == {"SPG"}
+
+
+def test_figures_are_of_the_product_that_was_learned(tmp_path: Path) -> None:
+    """Not of the folders that predicted images lie in; where it is not known, none is named."""
+    run_in(tmp_path / "a", product="bolt", category="new, old")
+    run_in(tmp_path / "b", category="new")
+    titles = {figure["title"] for figure in shown(write_report(tmp_path))["figures"]}
+    assert titles == {"SPG, bolt: guides", "SPG: guides"}
+
+
+@pytest.mark.command
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
+def test_title_in_a_browser(tmp_path: Path) -> None:
+    """The category stands before the name, unless the name begins with it."""
+    for category, title in (("nut", "nut: new/100% bad.png"), ("new", "new/100% bad.png")):
+        run_in(tmp_path, record("new/100% bad.png", category=category))
+        assert f"<strong>{title}</strong>" in dump(write_report(tmp_path), "image=0")
 
 
 def test_neurons_of_one_product_on_two_machines(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from anomalib.data import InferenceBatch
 from anomalib.data.utils import read_image
 from PIL import Image
 
-from anomalib_lake import LAKEModel
+from anomalib_lake import LAKE, LAKEModel
 from anomalib_spg import SPG, ExplanationVisualizer, SPGModel
 from anomalib_spg.components.pre_processor import default_pre_processor
 from anomalib_spg.explanations.categories import atom_usage, is_general, neuron_overlap
@@ -31,7 +31,7 @@ from anomalib_spg.explanations.figures import plot_explanation
 from anomalib_spg.explanations.report import UNFINISHED, write_report
 from anomalib_spg.quickstart import BACKBONE
 from tests.benchmarks.faithfulness import faithfulness
-from tests.helpers import BROWSER, data, dump, engine, few_textiles, run_command, shown_names
+from tests.helpers import BROWSER, TINY, data, dump, engine, few_textiles, run_command, shown_names
 
 COUNT = 8  # images per folder
 ON = ["--model.visualizer", "anomalib_spg.ExplanationVisualizer"]
@@ -163,7 +163,14 @@ def runs(tmp_path: Path) -> Path:
         folder.mkdir(parents=True)
         for name in ("p.jpg", "t.jpg"):
             Image.new("RGB", (8, 8)).save(folder / name)
-        run = {"model": "SPG", "figures": {}, "learned": "same", "category": category, "images": images}
+        run = {
+            "model": "SPG",
+            "product": category,
+            "figures": {},
+            "learned": "same",
+            "category": category,
+            "images": images,
+        }
         (folder / "explanations.json").write_text(json.dumps(run))
         (folder.parent.parent / "latest").symlink_to(folder.parent)
     return tmp_path
@@ -344,6 +351,19 @@ def test_scores_are_those_of_the_table(tiny: SPG, tmp_path: Path) -> None:
         total = record["base"] + sum(part["adds"] for part in record["parts"])
         total += record["others"]["adds"] + sum(record["other"].values())
         assert total == pytest.approx(record["raw_score"], abs=1e-5)
+
+
+def test_predicted_images_are_of_the_product_that_was_learned(mvtec: Path, tmp_path: Path) -> None:
+    """A checkpoint knows it; the folders of the images are no category."""
+    arguments = {"backbone": TINY, "pre_trained": False, "image_size": 64, "visualizer": ExplanationVisualizer("all")}
+    engine(tmp_path / "trained", limit_val_batches=1).fit(LAKE(**arguments), datamodule=data(mvtec))
+    (tmp_path / "in" / "new").mkdir(parents=True)
+    Image.new("RGB", (50, 50)).save(tmp_path / "in" / "new" / "100% bad.png")
+    checkpoint = next(tmp_path.rglob("model.ckpt"))
+    engine(tmp_path / "out").predict(LAKE(**arguments), data_path=tmp_path / "in", ckpt_path=str(checkpoint))
+    run = json.loads(next((tmp_path / "out").rglob("explanations.json")).read_text())
+    assert [run["product"], run["category"], run["images"][0]["category"]] == ["brick"] * 3
+    assert run["images"][0]["name"] == "new/100% bad.png"
 
 
 def test_names_as_long_as_files_allow(tiny: SPG, tmp_path: Path) -> None:
