@@ -254,7 +254,11 @@ def _common_figures(folder: Path, runs: list[tuple[Path, dict[str, Any]]]) -> li
 
 def main() -> None:
     """Write the page over all runs below a folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m anomalib_spg.explanations.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "folder", type=Path, nargs="?", default=Path(), help="folder with results, such as results; default: this one"
     )

@@ -121,6 +121,14 @@ def test_neurons_of_one_product_on_two_machines(tmp_path: Path) -> None:
     ]
 
 
+def test_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """The command as it is called."""
+    monkeypatch.setattr(sys, "argv", ["report.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert capsys.readouterr().out.startswith("usage: python -m anomalib_spg.explanations.report [-h] [folder]")
+
+
 BROKEN = {
     "half": '{"model": "SPG", "ima',
     "list": "[1, 2]",
