@@ -37,6 +37,7 @@ OF_RUN: dict[str, tuple[type, ...]] = {
     "figures": (dict,),
     "learned": (str,),
     "neurons": (dict,),
+    "settings": (dict,),
     "images": (list,),
 }
 OF_IMAGE: dict[str, tuple[type, ...]] = {
@@ -136,10 +137,10 @@ def _wrong(run: Any) -> str | None:  # noqa: ANN401  # anything may be in a file
 def write_report(folder: str | Path, name: str = "index.html") -> Path:
     """Write the page over all runs below a folder.
 
-    Of several versions of a results folder (``v0``, ``v1``, ...) only the newest is used. Runs of one model and
-    category in other folders all are, and are told apart by their folder. Where several categories are explained by
-    atoms or by neurons, a figure shows what they have in common. What is left out, because it is older or cannot be
-    read, is named on the page.
+    Of several versions of a results folder (``v0``, ``v1``, ...) with the same settings only the newest is used. All
+    other runs are; those of one model and category are told apart by the settings that differ, else by their folder.
+    Where several categories are explained by atoms or by neurons, a figure shows what they have in common. What is left
+    out, because it is older or cannot be read, is named in a warning and on the page.
 
     Args:
         folder (str | Path): Folder with runs, or one run's folder ``explanations``.
@@ -154,16 +155,16 @@ def write_report(folder: str | Path, name: str = "index.html") -> Path:
     """
     folder = Path(folder)
     runs, left_out = read_runs(folder)
-    for reason in left_out:
-        logger.warning("Left out. %s", reason)
     newest: dict[tuple[Any, ...], tuple[Path, dict[str, Any]]] = {}
     for path, run in sorted(runs, key=lambda item: _version(item[0])):
         results = path.absolute().parent  # not resolved, since links lead out of the folder
         kept = results.parent if _version(path) else results
-        key = (kept, path.name, run["model"], run["category"])
+        key = (kept, path.name, run["model"], run["category"], json.dumps(run["settings"], sort_keys=True))
         if key in newest:
-            left_out.append(f"'{newest[key][0]}' is older than '{path}'.")
+            left_out.append(f"'{newest[key][0]}' is older than '{path}', which has the same settings.")
         newest[key] = (path, run)
+    for reason in left_out:
+        logger.warning("Left out of the page: %s", reason)
     chosen = _told_apart(folder, list(newest.values()))
     images, figures = [], []
     for path, run in chosen:
@@ -209,10 +210,17 @@ def _link(path: Path) -> str:
 
 
 def _told_apart(folder: Path, runs: list[tuple[Path, dict[str, Any]]]) -> list[tuple[Path, dict[str, Any]]]:
-    """Add their folders to the models' names where runs have the same model and category."""
-    counts = Counter((run["model"], run["category"]) for _, run in runs)
+    """Add to the models' names what tells runs of the same model and category apart: settings, else folders."""
+    alike: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for _, run in runs:
+        alike.setdefault((run["model"], run["category"]), []).append(run["settings"])
+    named = [
+        (path, run | {"model": run["model"] + _differing(run["settings"], alike[run["model"], run["category"]])})
+        for path, run in runs
+    ]
+    counts = Counter((run["model"], run["category"]) for _, run in named)
     apart = []
-    for path, run in runs:
+    for path, run in named:
         if counts[run["model"], run["category"]] > 1:
             where = Path(os.path.relpath(path, folder))
             where = where.parent if where.name == "explanations" and where.parent.name else where
@@ -220,6 +228,14 @@ def _told_apart(folder: Path, runs: list[tuple[Path, dict[str, Any]]]) -> list[t
         else:
             apart.append((path, run))
     return apart
+
+
+def _differing(settings: dict[str, Any], of_all: list[dict[str, Any]]) -> str:
+    """Name the settings that are not the same in all runs, as they stand in a config."""
+    differing = {name: value for name, value in settings.items() if any(own.get(name) != value for own in of_all)}
+    return "".join(
+        f", {name} {value if isinstance(value, str) else json.dumps(value)}" for name, value in differing.items()
+    )
 
 
 def _common_figures(folder: Path, runs: list[tuple[Path, dict[str, Any]]]) -> list[dict[str, str]]:

@@ -330,6 +330,7 @@ class ExplanationVisualizer(ImageVisualizer):
             "product": _printable(model.product or category_of(trainer) or ""),
             "category": _category(trainer, model) or ", ".join(of_folders) or self._folder.parent.parent.name,
             "figures": figures,
+            "settings": _settings(model),
             "learned": self._learned,
             "neurons": model.chosen_neurons(),
             "images": [{"name": name, **record} for name, record in zip(names, records.values(), strict=True)],
@@ -367,6 +368,13 @@ def _category(trainer: Trainer, model: "_Model") -> str | None:
     """What the images show: the datamodule says it, else they are taken for the product that was learned."""
     category = category_of(trainer) or model.product
     return None if category is None else _printable(category)
+
+
+def _settings(model: "_Model") -> dict[str, Any]:
+    """The model's arguments as plain data, those its tensors depend on resolved; not where weights lie."""
+    named = {**model.hparams, **model.identity()}
+    plain = {name: value for name, value in named.items() if name not in {"pre_trained", "weights"}}
+    return cast("dict[str, Any]", json.loads(json.dumps(plain, default=str)))
 
 
 def _threshold(model: "_Model") -> float | None:

@@ -35,7 +35,12 @@ def run_in(folder: Path, *images: dict[str, Any], kind: str = "explanations", **
     """A run's folder with its records and pictures."""
     folder = folder / kind
     run = {"model": "SPG", "category": "nut", "figures": {"guides": "guides.jpg"}, "learned": "a", "neurons": {}}
-    run |= {"product": "", "images": list(images) or [record()], **changes}
+    run |= {
+        "product": "",
+        "settings": {"own_weight": 0, "layers": [3]},
+        "images": list(images) or [record()],
+        **changes,
+    }
     for path in {"guides.jpg", *(image[key] for image in run["images"] for key in ("picture", "thumbnail"))}:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(folder / path)
@@ -83,16 +88,30 @@ def test_collected_from_several_machines(place: str, tmp_path: Path) -> None:
     assert data["left_out"] == []
 
 
-def test_newest_version(tmp_path: Path) -> None:
+def test_newest_version(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """By its number, since copying changes times; what is older is named. Other categories and predictions stay."""
     for version in (10, 9):
         run_in(tmp_path / f"v{version}", record(f"bad/{version}.png"))
     run_in(tmp_path / "v9", record("bolt.png"), category="bolt", kind="explanations_of_predictions")
-    data = shown(write_report(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        data = shown(write_report(tmp_path))
     assert sorted(image["name"] for image in data["images"]) == ["bad/10.png", "bolt.png"]
     assert len(data["left_out"]) == 1
+    assert f"Left out of the page: {data['left_out'][0]}" in caplog.text
     assert "v9/explanations' is older than" in data["left_out"][0]
     assert {image["model"] for image in data["images"]} == {"SPG"}
+
+
+def test_runs_with_other_settings(tmp_path: Path) -> None:
+    """All are on the page, told apart by what differs; of those with the same settings the newest one is."""
+    for version, weight in enumerate((8, 0, 0)):
+        settings = {"own_weight": weight, "layers": [3], "selection": "variance"}
+        run_in(tmp_path / f"v{version}", record(f"bad/{version}.png"), settings=settings)
+    data = shown(write_report(tmp_path))
+    models = {image["name"]: image["model"] for image in data["images"]}
+    assert models == {"bad/0.png": "SPG, own_weight 8", "bad/2.png": "SPG, own_weight 0"}
+    assert len(data["left_out"]) == 1
+    assert "v1/explanations' is older" in data["left_out"][0]
 
 
 def test_figures_are_of_the_product_that_was_learned(tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def check_folder(results: Path, unit: str) -> dict[str, Any]:
     """Every rejected image has a record, a picture and a thumbnail; return the records."""
     folder = results / "explanations"
     run = json.loads((folder / "explanations.json").read_text())
+    assert run["settings"]["image_size"] == [448, 448]
     assert run["images"]
     for image in run["images"]:
         assert image["unit"] == unit
@@ -166,6 +167,7 @@ def runs(tmp_path: Path) -> Path:
         run = {
             "model": "SPG",
             "product": category,
+            "settings": {},
             "figures": {},
             "learned": "same",
             "category": category,
@@ -363,6 +365,8 @@ def test_predicted_images_are_of_the_product_that_was_learned(mvtec: Path, tmp_p
     engine(tmp_path / "out").predict(LAKE(**arguments), data_path=tmp_path / "in", ckpt_path=str(checkpoint))
     run = json.loads(next((tmp_path / "out").rglob("explanations.json")).read_text())
     assert [run["product"], run["category"], run["images"][0]["category"]] == ["brick"] * 3
+    assert run["settings"]["layers"] == [4, 7]  # as they are resolved, in every run
+    assert "weights" not in run["settings"]
     assert run["images"][0]["name"] == "new/100% bad.png"
 
 
