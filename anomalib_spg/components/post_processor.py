@@ -15,6 +15,7 @@ from lightning import LightningModule, Trainer
 from torch import distributed
 from torch.utils.data import DistributedSampler
 
+from .held_out import validated_and_tested
 from .threshold import WEAK_PRIOR, GoodPartThreshold, Prior, best_with_bad, good_part_threshold, logit
 
 logger = logging.getLogger(__name__)
@@ -144,9 +145,18 @@ class GoodPartsPostProcessor(PostProcessor):
         return torch.histc(values.float().cpu(), BINS, LOWEST, HIGHEST).long()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget what an earlier fit has seen."""
-        del trainer, pl_module
+        """Forget what an earlier fit has seen, and say where images that place the threshold are tested on."""
+        del pl_module
         self._forget()
+        both = validated_and_tested(getattr(trainer, "datamodule", None))
+        if both and trainer.enable_validation and trainer.is_global_zero:
+            logger.warning(
+                "Validation and test share %d images, which place the threshold and are then decided on: F1Score, "
+                "FalseAlarmRate and MissRate will look better than they are on new parts. AUROC and average precision "
+                "know no threshold. Give the datamodule val_split_mode=from_test to divide its test images, from_train "
+                "to place the threshold by good images only, or for SPG and LAKE, which hold some out, none.",
+                both,
+            )
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what an earlier validation has seen; held-out images stay."""
@@ -296,8 +306,8 @@ class GoodPartsPostProcessor(PostProcessor):
             good = [*self._scores["held_out"], *self._scores["good"]]
             words = (
                 f"Threshold {float(self.image_threshold):.3f} (shown as 0.5), moved by bad images: "
-                f"{sum(x > placed for x in good)} of {len(good)} held-out good images lie above it. Good images "
-                f"alone would place it at {own:.3f}, to reject {expected}."
+                f"{sum(x > placed for x in good)} of the {len(good)} good images that are not learned from lie above "
+                f"it. Good images alone would place it at {own:.3f}, to reject {expected}."
             )
         if not known.is_conformal:
             enough = math.ceil(2 / named - 1e-9) - 1
