@@ -127,6 +127,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         [5]
     """
 
+    own_epochs = ("sae_epochs", "guide_epochs")
     prior = Prior(spread=0.4, weight=4.0)  # measured on six textures, where spreads are 0.2 to 1.1
 
     def __init__(

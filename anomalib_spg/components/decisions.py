@@ -3,6 +3,7 @@
 """The answer of ``anomalib predict`` as a table: which images are rejected, and where."""
 
 import logging
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,24 @@ from .regions import defects_of
 logger = logging.getLogger(__name__)
 
 FILE = "predictions.csv"
+
+
+def numbered(name: str, number: int) -> str:
+    """Name what the predictions of a number leave in a results folder.
+
+    Args:
+        name (str): Name of the file or folder that the first predictions leave.
+        number (int): Number of the predictions, from 1.
+
+    Returns:
+        str: Name.
+
+    Example:
+        >>> numbered("predictions.csv", 1), numbered("predictions.csv", 2)
+        ('predictions.csv', 'predictions_2.csv')
+    """
+    path = Path(name)
+    return name if number == 1 else f"{path.stem}_{number}{path.suffix}"
 
 
 class DecisionTable(Callback):
@@ -90,10 +109,7 @@ class DecisionTable(Callback):
             return
         table = pd.DataFrame(rows).drop_duplicates("image", keep="first")  # processes may share images unevenly
         folder = Path(trainer.default_root_dir)
-        path, number = folder / FILE, 1
-        while path.exists():
-            number += 1
-            path = folder / FILE.replace(".", f"_{number}.")
+        path = next(path for number in count(1) if not (path := folder / numbered(FILE, number)).exists())
         try:
             with atomic_write(path) as temporary:
                 table.to_csv(temporary, index=False, errors="backslashreplace")  # names of files may be no valid UTF-8

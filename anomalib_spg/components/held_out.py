@@ -32,6 +32,20 @@ def good_validation_images(datamodule: LightningDataModule) -> int:
     return 0 if samples is None or "label_index" not in samples else int((samples.label_index == 0).sum())
 
 
+def validated_and_tested(datamodule: LightningDataModule | None) -> int:
+    """Count the images of a datamodule that are in its validation set and in its test set.
+
+    Args:
+        datamodule (LightningDataModule | None): Datamodule after its set-up.
+
+    Returns:
+        int: Number of files.
+    """
+    sets = (getattr(datamodule, f"{name}_data", None) for name in ("val", "test"))
+    validated, tested = (set(getattr(images, "samples", {}).get("image_path", ())) for images in sets)
+    return len(validated & tested)
+
+
 def choose(indices: list[int], count: int) -> list[int]:
     """Choose some of several images by the seed (``torch.initial_seed``), whatever else was drawn before.
 

@@ -43,13 +43,17 @@ class FrozenBackboneMixin(ExactExports):
     Attributes:
         default_backbone (str): timm name of the backbone the default pre-processor is made for.
         prior (Prior): How much the logits of good parts usually vary.
+        own_epochs (tuple[str, ...]): Arguments that say how many epochs it learns, since the images are passed once.
         held_out (AnomalibDataset | None): While it is fitted, good images it does not learn from.
+        product (str | None): What the images show that it was fitted on, where their datamodule has a name.
     """
 
     default_backbone: ClassVar[str] = DEFAULT_BACKBONE
     prior: ClassVar[Prior] = WEAK_PRIOR
+    own_epochs: ClassVar[tuple[str, ...]] = ()
 
     held_out: AnomalibDataset | None = None
+    product: str | None = None
     _swapped: tuple[Any, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -164,12 +168,26 @@ class FrozenBackboneMixin(ExactExports):
         """
         super().setup(stage)
         check_precision(str(self.trainer.precision))
+        if stage == "fit":
+            self.product = category_of(self.trainer)
+            self._name_unused_epochs()
         if self.trainer.world_size > 1:
             self._check_images()
         if stage == "fit" and isinstance(self.trainer.strategy, DDPStrategy):
             # DistributedDataParallel refuses a module without trainable parameters, and a frozen backbone has none. So
             # one small parameter is declared trainable; :meth:`no_loss` gives it a gradient of zero.
             min(self.model.backbone.parameters(), key=torch.Tensor.numel).requires_grad_()
+
+    def _name_unused_epochs(self) -> None:
+        """Say where another number of epochs was asked for: anomalib replaces it before the trainer is made."""
+        asked = asked_epochs(self.trainer)
+        if asked is None or asked == self.trainer.max_epochs:
+            return
+        options = " and ".join(f"--model.{name}" for name in self.own_epochs)
+        remedy = f"{options} say how many epochs it learns" if options else "It has no epochs, so leave max_epochs out"
+        logger.warning(
+            "max_epochs=%d does nothing: %s passes the training images once. %s.", asked, type(self).__name__, remedy
+        )
 
     def _check_images(self) -> None:
         datamodule: Any = getattr(self.trainer, "datamodule", None)
@@ -275,6 +293,7 @@ class FrozenBackboneMixin(ExactExports):
         """Keep what the checkpoint's tensors mean where nothing writes over it."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["identity"] = self.identity()
+        checkpoint["product"] = self.product
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore component configuration, and refuse the checkpoint of another model.
@@ -284,6 +303,7 @@ class FrozenBackboneMixin(ExactExports):
         """
         super().on_load_checkpoint(checkpoint)
         check_identity(checkpoint, self.identity())
+        self.product = checkpoint.get("product") or self.product
         # Metrics may have been others when the checkpoint was saved; they keep nothing that testing needs.
         state = checkpoint.get("state_dict", {})
         own = {} if self.evaluator is None else self.evaluator.state_dict(prefix="evaluator.")
@@ -308,6 +328,34 @@ class FrozenBackboneMixin(ExactExports):
                 validate such a model: it would never see the training images, nor run in ``anomalib benchmark``.
         """
         return LearningType.ONE_CLASS
+
+
+def category_of(trainer: Trainer) -> str | None:
+    """Name what the images of a run show.
+
+    Args:
+        trainer (Trainer): Trainer of the run.
+
+    Returns:
+        str | None: The datamodule's category or name, if it has one.
+    """
+    datamodule = getattr(trainer, "datamodule", None)
+    category = getattr(datamodule, "category", None) or getattr(datamodule, "name", None)
+    return None if category is None else str(category)
+
+
+def asked_epochs(trainer: Trainer) -> int | None:
+    """Find out how many epochs the command or its config asked for, whatever the model made of it.
+
+    Args:
+        trainer (Trainer): Trainer of the run.
+
+    Returns:
+        int | None: ``max_epochs``; ``None`` where none was named, or where no command runs, which keeps its config.
+    """
+    configs = [getattr(callback, "config", None) for callback in getattr(trainer, "callbacks", ())]
+    asked = [getattr(getattr(config, "trainer", None), "max_epochs", None) for config in configs]
+    return next((epochs for epochs in asked if epochs is not None), None)
 
 
 def check_seed(seed: int | None) -> None:

@@ -15,6 +15,7 @@ from lightning import LightningModule, Trainer
 from torch import distributed
 from torch.utils.data import DistributedSampler
 
+from .held_out import validated_and_tested
 from .threshold import WEAK_PRIOR, GoodPartThreshold, Prior, best_with_bad, good_part_threshold, logit
 
 logger = logging.getLogger(__name__)
@@ -144,9 +145,18 @@ class GoodPartsPostProcessor(PostProcessor):
         return torch.histc(values.float().cpu(), BINS, LOWEST, HIGHEST).long()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget what an earlier fit has seen."""
-        del trainer, pl_module
+        """Forget what an earlier fit has seen, and say where images that place the threshold are tested on."""
+        del pl_module
         self._forget()
+        both = validated_and_tested(getattr(trainer, "datamodule", None))
+        if both and trainer.enable_validation and trainer.is_global_zero:
+            logger.warning(
+                "Validation and test share %d images, which place the threshold and are then decided on: F1Score, "
+                "FalseAlarmRate and MissRate will look better than they are on new parts. AUROC and average precision "
+                "know no threshold. Give the datamodule val_split_mode=from_test to divide its test images, from_train "
+                "to place the threshold by good images only, or for SPG and LAKE, which hold some out, none.",
+                both,
+            )
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what an earlier validation has seen; held-out images stay."""
@@ -255,6 +265,25 @@ class GoodPartsPostProcessor(PostProcessor):
         for name, value in zip((f"_{kind}_threshold", f"{kind}_min", f"{kind}_max"), values, strict=True):
             getattr(self, name).copy_(value)
 
+    def good_below(self, score: float) -> tuple[int, int]:
+        """Compare a score with those of the good images that are known.
+
+        Args:
+            score (float): Raw score.
+
+        Returns:
+            tuple[int, int]: How many of them score lower, and how many there are.
+
+        Example:
+            >>> post_processor = GoodPartsPostProcessor()
+            >>> post_processor.add_good(torch.tensor([0.2, 0.3, 0.4]))
+            >>> post_processor.good_below(0.35)
+            (2, 3)
+        """
+        good = [*self._scores["held_out"], *self._scores["learned"], *self._scores["good"]]
+        limit = float(logit(self.to_unit(torch.tensor(score))))
+        return sum(x < limit for x in good), len(good)
+
     def report(self) -> str:
         """Say what the threshold rests on and what to expect of it.
 
@@ -277,8 +306,8 @@ class GoodPartsPostProcessor(PostProcessor):
             good = [*self._scores["held_out"], *self._scores["good"]]
             words = (
                 f"Threshold {float(self.image_threshold):.3f} (shown as 0.5), moved by bad images: "
-                f"{sum(x > placed for x in good)} of {len(good)} held-out good images lie above it. Good images "
-                f"alone would place it at {own:.3f}, to reject {expected}."
+                f"{sum(x > placed for x in good)} of the {len(good)} good images that are not learned from lie above "
+                f"it. Good images alone would place it at {own:.3f}, to reject {expected}."
             )
         if not known.is_conformal:
             enough = math.ceil(2 / named - 1e-9) - 1

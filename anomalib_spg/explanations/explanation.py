@@ -2,6 +2,7 @@
 
 """What an explanation is: the score of an image, split exactly into contributions of parts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -68,6 +69,19 @@ class Explanation:
         """
         order = self.contributions.argsort(descending=True)[:count]
         return order[self.contributions[order] > 0].tolist()
+
+    def others(self, top: Sequence[int]) -> tuple[int, float]:
+        """Number of the parts that are not named, and what they add together.
+
+        Args:
+            top (Sequence[int]): Indices of the parts that are named.
+
+        Returns:
+            tuple[int, float]: Number and sum.
+        """
+        rest = self.contributions.clone()
+        rest[list(top)] = 0
+        return len(rest) - len(top), float(rest.sum())
 
 
 @runtime_checkable

@@ -80,6 +80,7 @@ def plot_explanation(
     parts: int = 5,
     title: str | None = None,
     shown_map: torch.Tensor | None = None,
+    words: str = "",
 ) -> Figure:
     """Show why an image has its score.
 
@@ -94,8 +95,9 @@ def plot_explanation(
         threshold (float | None): Raw score above which images are rejected. Defaults to ``None``.
         patch_size (int): Side of the backbone's patches in pixels.
         parts (int): Parts to show. Defaults to 5.
-        title (str | None): First line. ``None`` says score and decision.
+        title (str | None): First line. ``None`` says raw score and decision.
         shown_map (torch.Tensor | None): Anomaly map ``(H, W)`` of shown scores. ``None`` takes the raw one.
+        words (str): The decision in plain words, see :func:`.words.in_words`, above the sum. Defaults to none.
 
     Returns:
         Figure: 12 (without examples 6.5) inches wide, about 8 high with five parts.
@@ -107,7 +109,7 @@ def plot_explanation(
         ...                           torch.rand(1, 4, 4), torch.rand(64, 64), (1, 2))
         >>> figure = plot_explanation(explanation, np.zeros((64, 64, 3), np.uint8), threshold=0.6)
         >>> figure.get_suptitle()
-        'Rejected: score 0.800, threshold 0.600'
+        'Rejected: raw score 0.800, threshold 0.600'
     """
     top = explanation.top(parts)
     nearest = None
@@ -120,7 +122,7 @@ def plot_explanation(
     ]
     has_right = nearest is not None or any(cuts)
     figure = Figure(figsize=(12 if has_right else 6.5, 0.6 + 1.35 * max(parts, 1) + 0.5), layout="constrained")
-    figure.suptitle(title or decision(explanation.score, threshold), fontweight="bold")
+    figure.suptitle(title or decision(explanation.score, threshold, name="raw score"), fontweight="bold")
     columns = figure.add_gridspec(1, 3, width_ratios=(3, 2.7, 5 if has_right else 0.01))
     left, right = columns[0].subgridspec(2, 1), columns[2]
     grid = (explanation.maps.shape[1], explanation.maps.shape[2])
@@ -155,17 +157,19 @@ def plot_explanation(
         name = "patch" if compared == 1 else f"window of {compared} x {compared} patches"
         show(figure.add_subplot(pair[0]), own, f"the {name} that decides, and around it")
         show(figure.add_subplot(pair[1]), nearest, f"the nearest normal {name}, and around it")
-    figure.supxlabel(fill(sentence(explanation, top), 150 if has_right else 80), fontsize=9)
+    caption = filter(None, (words, sentence(explanation, top, threshold)))
+    figure.supxlabel("\n".join(fill(line, 150 if has_right else 80) for line in caption), fontsize=9)
     return figure
 
 
-def decision(score: float, threshold: float | None = None, rejected: bool | None = None) -> str:
+def decision(score: float, threshold: float | None = None, rejected: bool | None = None, name: str = "score") -> str:
     """State decision, score and threshold in a line.
 
     Args:
-        score (float): Raw score.
-        threshold (float | None): Raw threshold, if there is one.
+        score (float): Score.
+        threshold (float | None): Threshold on the scale of the score, if there is one.
         rejected (bool | None): Decision. ``None`` compares score and threshold.
+        name (str): What the score is called. Defaults to ``"score"``.
 
     Returns:
         str: Line.
@@ -174,7 +178,7 @@ def decision(score: float, threshold: float | None = None, rejected: bool | None
         >>> decision(0.25, 0.5), decision(0.25)
         ('Accepted: score 0.250, threshold 0.500', 'Score 0.250')
     """
-    words = f"score {score:.3f}" + (f", threshold {threshold:.3f}" if threshold is not None else "")
+    words = f"{name} {score:.3f}" + (f", threshold {threshold:.3f}" if threshold is not None else "")
     if rejected is None:
         if threshold is None:
             return words.capitalize()
@@ -182,12 +186,13 @@ def decision(score: float, threshold: float | None = None, rejected: bool | None
     return f"{'Rejected' if rejected else 'Accepted'}: {words}"
 
 
-def sentence(explanation: Explanation, top: Sequence[int]) -> str:
-    """Write the sum that makes the score.
+def sentence(explanation: Explanation, top: Sequence[int], threshold: float | None = None) -> str:
+    """Write the sum that makes the raw score.
 
     Args:
         explanation (Explanation): Explanation.
         top (Sequence[int]): Parts to name; the others are summed.
+        threshold (float | None): Raw score above which images are rejected. Defaults to ``None``.
 
     Returns:
         str: Sum.
@@ -199,15 +204,14 @@ def sentence(explanation: Explanation, top: Sequence[int]) -> str:
         >>> atoms = torch.tensor([17, 4])
         >>> explanation = Explanation("atom", 0.7, 0.5, torch.zeros(2), atoms, parts, parts, parts, (0, 0))
         >>> sentence(explanation, [0])
-        '0.500 (no preference) + 0.300 (atom 17) - 0.100 (1 other atom) = 0.700'
+        'Raw score: 0.500 (no preference) + 0.300 (atom 17) - 0.100 (1 other atom) = 0.700'
     """
     several = len(explanation.blocks.unique()) > 1
     named = []
     for part in top:
         number = f"{int(explanation.blocks[part])}:" * several + str(int(explanation.units[part]))
         named.append((f"{explanation.unit} {number}", float(explanation.contributions[part])))
-    others = len(explanation.contributions) - len(top)
-    rest = float(explanation.contributions.sum()) - sum(value for _, value in named)
+    others, rest = explanation.others(top)
     if others:
         named.append((f"{others} other {explanation.unit}{'s' * (others > 1)}", rest))
     named += explanation.other.items()
@@ -215,7 +219,8 @@ def sentence(explanation: Explanation, top: Sequence[int]) -> str:
     for name, value in named:
         sign = "-" if value < 0 else "+" if words else ""
         words.append(f"{sign} {abs(value):.3f} ({name})".strip())
-    return f"{' '.join(words)} = {explanation.score:.3f}"
+    limit = "" if threshold is None else f" (raw threshold {threshold:.3f})"
+    return f"Raw score: {' '.join(words)} = {explanation.score:.3f}{limit}"
 
 
 def show(axes: Axes, picture: np.ndarray, title: str) -> Axes:

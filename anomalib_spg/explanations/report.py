@@ -32,21 +32,25 @@ NUMBER = (float, int, type(None))  # none where it is not finite
 YES_OR_NO = (bool, type(None))
 OF_RUN: dict[str, tuple[type, ...]] = {
     "model": (str,),
+    "product": (str,),
     "category": (str,),
     "figures": (dict,),
     "learned": (str,),
     "neurons": (dict,),
+    "settings": (dict,),
     "images": (list,),
 }
 OF_IMAGE: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("category", "name", "path", "unit", "picture", "thumbnail"), (str,)),
-    **dict.fromkeys(("score", "threshold"), NUMBER),
+    **dict.fromkeys(("category", "name", "path", "unit", "words", "picture", "thumbnail"), (str,)),
+    **dict.fromkeys(("score", "threshold", "raw_score", "raw_threshold", "base"), NUMBER),
     **dict.fromkeys(("rejected", "defective"), YES_OR_NO),
     "parts": (list,),
+    "others": (dict,),
     "other": (dict,),
     "defects": (list,),
 }
 OF_PART: dict[str, tuple[type, ...]] = {"block": (int,), "unit": (int,), "adds": NUMBER, "share": NUMBER}
+OF_OTHERS: dict[str, tuple[type, ...]] = {"count": (int,), "adds": NUMBER}
 OF_DEFECT: dict[str, tuple[type, ...]] = {"box": (list,), "area": (int,), "score": NUMBER, "contour": (list,)}
 
 
@@ -118,6 +122,7 @@ def _wrong(run: Any) -> str | None:  # noqa: ANN401  # anything may be in a file
         wrong = wrong or next(
             filter(None, (odd(part, OF_PART, f"a part of image {number}") for part in image["parts"])), None
         )
+        wrong = wrong or odd(image["others"], OF_OTHERS, f"'others' of image {number}")
         wrong = wrong or next(
             filter(None, (odd(found, OF_DEFECT, f"a defect of image {number}") for found in image.get("defects", []))),
             None,
@@ -132,10 +137,10 @@ def _wrong(run: Any) -> str | None:  # noqa: ANN401  # anything may be in a file
 def write_report(folder: str | Path, name: str = "index.html") -> Path:
     """Write the page over all runs below a folder.
 
-    Of several versions of a results folder (``v0``, ``v1``, ...) only the newest is used. Runs of one model and
-    category in other folders all are, and are told apart by their folder. Where several categories are explained by
-    atoms or by neurons, a figure shows what they have in common. What is left out, because it is older or cannot be
-    read, is named on the page.
+    Of several versions of a results folder (``v0``, ``v1``, ...) with the same settings only the newest is used. All
+    other runs are; those of one model and category are told apart by the settings that differ, else by their folder.
+    Where several categories are explained by atoms or by neurons, a figure shows what they have in common. What is left
+    out, because it is older or cannot be read, is named in a warning and on the page.
 
     Args:
         folder (str | Path): Folder with runs, or one run's folder ``explanations``.
@@ -150,16 +155,16 @@ def write_report(folder: str | Path, name: str = "index.html") -> Path:
     """
     folder = Path(folder)
     runs, left_out = read_runs(folder)
-    for reason in left_out:
-        logger.warning("Left out. %s", reason)
     newest: dict[tuple[Any, ...], tuple[Path, dict[str, Any]]] = {}
     for path, run in sorted(runs, key=lambda item: _version(item[0])):
         results = path.absolute().parent  # not resolved, since links lead out of the folder
         kept = results.parent if _version(path) else results
-        key = (kept, path.name, run["model"], run["category"])
+        key = (kept, path.name, run["model"], run["category"], json.dumps(run["settings"], sort_keys=True))
         if key in newest:
-            left_out.append(f"'{newest[key][0]}' is older than '{path}'.")
+            left_out.append(f"'{newest[key][0]}' is older than '{path}', which has the same settings.")
         newest[key] = (path, run)
+    for reason in left_out:
+        logger.warning("Left out of the page: %s", reason)
     chosen = _told_apart(folder, list(newest.values()))
     images, figures = [], []
     for path, run in chosen:
@@ -171,7 +176,7 @@ def write_report(folder: str | Path, name: str = "index.html") -> Path:
             for image in run["images"]
         ]
         figures += [
-            {"title": f"{run['model']}, {run['category']}: {title}", "file": _link(base / file)}
+            {"title": f"{', '.join(filter(None, (run['model'], run['product'])))}: {title}", "file": _link(base / file)}
             for title, file in run["figures"].items()
         ]
     page = folder / name
@@ -205,10 +210,17 @@ def _link(path: Path) -> str:
 
 
 def _told_apart(folder: Path, runs: list[tuple[Path, dict[str, Any]]]) -> list[tuple[Path, dict[str, Any]]]:
-    """Add their folders to the models' names where runs have the same model and category."""
-    counts = Counter((run["model"], run["category"]) for _, run in runs)
+    """Add to the models' names what tells runs of the same model and category apart: settings, else folders."""
+    alike: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for _, run in runs:
+        alike.setdefault((run["model"], run["category"]), []).append(run["settings"])
+    named = [
+        (path, run | {"model": run["model"] + _differing(run["settings"], alike[run["model"], run["category"]])})
+        for path, run in runs
+    ]
+    counts = Counter((run["model"], run["category"]) for _, run in named)
     apart = []
-    for path, run in runs:
+    for path, run in named:
         if counts[run["model"], run["category"]] > 1:
             where = Path(os.path.relpath(path, folder))
             where = where.parent if where.name == "explanations" and where.parent.name else where
@@ -216,6 +228,14 @@ def _told_apart(folder: Path, runs: list[tuple[Path, dict[str, Any]]]) -> list[t
         else:
             apart.append((path, run))
     return apart
+
+
+def _differing(settings: dict[str, Any], of_all: list[dict[str, Any]]) -> str:
+    """Name the settings that are not the same in all runs, as they stand in a config."""
+    differing = {name: value for name, value in settings.items() if any(own.get(name) != value for own in of_all)}
+    return "".join(
+        f", {name} {value if isinstance(value, str) else json.dumps(value)}" for name, value in differing.items()
+    )
 
 
 def _common_figures(folder: Path, runs: list[tuple[Path, dict[str, Any]]]) -> list[dict[str, str]]:
@@ -237,9 +257,11 @@ def _common_figures(folder: Path, runs: list[tuple[Path, dict[str, Any]]]) -> li
             title = f"which atoms explain rejections in {', '.join(categories)}"
             save(plot_usage(images), f"atoms_{re.sub(r'[^0-9A-Za-z]', '_', learned)}.png", title)
     with_neurons = [run for _, run in runs if any(run.get("neurons", {}).values())]
-    alike = len({run["category"] for run in with_neurons}) < len(with_neurons)
+    names = [run["product"] or run["category"] for run in with_neurons]
+    alike = len(set(names)) < len(names)
     products = {
-        f"{run['category']}, {run['model']}" if alike else run["category"]: run["neurons"] for run in with_neurons
+        f"{name}, {run['model']}" if alike else name: run["neurons"]
+        for name, run in zip(names, with_neurons, strict=True)
     }
     if len(products) > 1:
         save(plot_overlap(products), "neurons.png", "sensitive neurons that products share")
@@ -248,7 +270,11 @@ def _common_figures(folder: Path, runs: list[tuple[Path, dict[str, Any]]]) -> li
 
 def main() -> None:
     """Write the page over all runs below a folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m anomalib_spg.explanations.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "folder", type=Path, nargs="?", default=Path(), help="folder with results, such as results; default: this one"
     )

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -21,15 +22,19 @@ from lightning.pytorch import LightningModule, Trainer
 from PIL import Image, ImageOps
 
 from anomalib_spg.components.backbone import Tokens
+from anomalib_spg.components.decisions import FILE, numbered
 from anomalib_spg.components.files import atomic_write
 from anomalib_spg.components.hub import beside, local_file
+from anomalib_spg.components.lightning import category_of
 from anomalib_spg.components.pictures import MOST, log_picture
+from anomalib_spg.components.post_processor import GoodPartsPostProcessor
 from anomalib_spg.components.regions import defects_of
 
 from .examples import EXAMPLES, Examples, digest, to_picture
 from .explanation import ExplainableModel, Explanation
 from .figures import decision, heatmap, plot_explanation
 from .report import RECORDS, UNFINISHED, write_report
+from .words import in_words
 
 if TYPE_CHECKING:
     from anomalib_spg.components.lightning import FrozenBackboneMixin
@@ -40,6 +45,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PREDICTIONS = "explanations_of_predictions"
 THUMBNAIL = 224  # pixels
 DPI = 90
 
@@ -49,7 +55,9 @@ class ExplanationVisualizer(ImageVisualizer):
 
     Beside anomalib's ``images/`` it writes the folder ``explanations/``, or ``explanations_of_predictions/``: a picture
     per explained image, pictures of the model, ``explanations.json``, and the page ``index.html``, which opens without
-    internet. What an earlier run left there is removed. While a run has not finished, ``explanations.json`` says so.
+    internet. A second test of one run replaces its explanations; those of earlier predictions are kept, and the next
+    ones have the number of their table: ``explanations_of_predictions_2`` beside ``predictions_2.csv``. While a run has
+    not finished, ``explanations.json`` says so.
 
     Explanations need no second pass through the backbone: a forward hook keeps the tokens of the current batch. During
     training the visualizer keeps up to 256 images as JPEG, with each atom's max-activating patches (SPG) or as the
@@ -140,9 +148,10 @@ class ExplanationVisualizer(ImageVisualizer):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook the backbone, find the examples, and prepare the folders."""
-        name = "explanations" if trainer.testing else "explanations_of_predictions"
+        results = Path(trainer.default_root_dir)
+        folder = results / "explanations" if trainer.testing else _next_predictions(results)
         # anomalib gives each process its own results folder; all write to that of rank 0
-        self._folder = Path(trainer.strategy.broadcast(str(trainer.default_root_dir))) / name
+        self._folder = Path(trainer.strategy.broadcast(str(folder)))
         kinds = ("pictures", "thumbnails")
         if trainer.is_global_zero:
             with _naming(self._folder):
@@ -236,18 +245,25 @@ class ExplanationVisualizer(ImageVisualizer):
         """Write the picture of one image, and remember its record."""
         backbone = model.model.backbone
         source = Path(cast("list[str]", batch.image_path)[index])
-        threshold = _shown_threshold(model)
+        score, threshold, raw_threshold = _shown(model, batch, index)
         picture = to_picture(cast("torch.Tensor", batch.image)[index], backbone.mean, backbone.std)
         shown_map = cast("torch.Tensor", batch.anomaly_map)[index].detach().float().squeeze().cpu()
+        found = defects_of(batch, index)
+        below = (0, 0)
+        if isinstance(model.post_processor, GoodPartsPostProcessor):
+            below = model.post_processor.good_below(explanation.score)
+        has_nearest = explanation.nearest is not None and self._examples is not None
+        words = in_words(explanation, rejected, below, found, has_nearest)
         figure = plot_explanation(
             explanation,
             picture,
             self._examples,
-            threshold,
+            raw_threshold,
             backbone.patch_size,
             self.parts,
-            title=decision(explanation.score, threshold, rejected),
+            title=decision(score, threshold, rejected),
             shown_map=shown_map,
+            words=words,
         )
         # File names may be equal in two folders, not valid in a URL, or as long as the file system allows.
         number = len(self._records) * trainer.world_size + trainer.global_rank
@@ -258,15 +274,19 @@ class ExplanationVisualizer(ImageVisualizer):
         shown = heatmap(picture, shown_map)
         thumbnail = ImageOps.contain(Image.fromarray(shown), (THUMBNAIL, THUMBNAIL))
         thumbnail.save(self._folder / "thumbnails" / file, quality=85)
-        shares = explanation.shares
+        shares, top = explanation.shares, explanation.top(self.parts)
+        others, rest = explanation.others(top)
         self._records.append({
-            "category": _category(trainer) or source.parent.name,
+            "category": _category(trainer, model) or source.parent.name,
             "path": _printable(str(source)),
             "unit": explanation.unit,
-            "score": _finite(explanation.score),
+            "score": _finite(score),
             "threshold": threshold,
+            "raw_score": _finite(explanation.score),
+            "raw_threshold": raw_threshold,
             "rejected": rejected,
             "defective": None if batch.gt_label is None else bool(batch.gt_label[index]),
+            "words": words,
             "picture": f"pictures/{file}",
             "thumbnail": f"thumbnails/{file}",
             "parts": [
@@ -277,10 +297,12 @@ class ExplanationVisualizer(ImageVisualizer):
                     "share": _finite(shares[part]),
                     "opposed": explanation.opposed is not None and bool(explanation.opposed[part]),
                 }
-                for part in explanation.top(self.parts)
+                for part in top
             ],
+            "base": explanation.base,
+            "others": {"count": others, "adds": _finite(rest)},
             "other": {name: _finite(value) for name, value in explanation.other.items()},
-            "defects": [defect._asdict() | {"score": _finite(defect.score)} for defect in defects_of(batch, index)],
+            "defects": [defect._asdict() | {"score": _finite(defect.score)} for defect in found],
         })
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -305,8 +327,10 @@ class ExplanationVisualizer(ImageVisualizer):
             figures[title] = f"{name}.jpg"
         run = {
             "model": type(model).__name__,
-            "category": _category(trainer) or ", ".join(of_folders) or self._folder.parent.parent.name,
+            "product": _printable(model.product or category_of(trainer) or ""),
+            "category": _category(trainer, model) or ", ".join(of_folders) or self._folder.parent.parent.name,
             "figures": figures,
+            "settings": _settings(model),
             "learned": self._learned,
             "neurons": model.chosen_neurons(),
             "images": [{"name": name, **record} for name, record in zip(names, records.values(), strict=True)],
@@ -330,11 +354,29 @@ class ExplanationVisualizer(ImageVisualizer):
         self._hook = self._tokens = None
 
 
-def _category(trainer: Trainer) -> str | None:
-    """What the images show, if the datamodule has a category or a name."""
-    datamodule = getattr(trainer, "datamodule", None)
-    category = getattr(datamodule, "category", None) or getattr(datamodule, "name", None)
-    return None if category is None else _printable(str(category))
+def _next_predictions(results: Path) -> Path:
+    """Folder of the first number that neither a table nor whole explanations of earlier predictions have."""
+    pairs = ((results / numbered(FILE, number), results / numbered(PREDICTIONS, number)) for number in count(1))
+    return next(folder for table, folder in pairs if not table.exists() and not _is_whole(folder))
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder holds the explanations of a run that has finished."""
+    path = folder / RECORDS
+    return path.is_file() and path.read_text(encoding="utf-8", errors="replace") != _as_text(UNFINISHED)
+
+
+def _category(trainer: Trainer, model: "_Model") -> str | None:
+    """What the images show: the datamodule says it, else they are taken for the product that was learned."""
+    category = category_of(trainer) or model.product
+    return None if category is None else _printable(category)
+
+
+def _settings(model: "_Model") -> dict[str, Any]:
+    """The model's arguments as plain data, those its tensors depend on resolved; not where weights lie."""
+    named = {**model.hparams, **model.identity()}
+    plain = {name: value for name, value in named.items() if name not in {"pre_trained", "weights"}}
+    return cast("dict[str, Any]", json.loads(json.dumps(plain, default=str)))
 
 
 def _threshold(model: "_Model") -> float | None:
@@ -345,12 +387,17 @@ def _threshold(model: "_Model") -> float | None:
     return None if math.isnan(threshold) else threshold
 
 
-def _shown_threshold(model: "_Model") -> float | None:
-    """Raw threshold, if it decides: not with a changed sensitivity, nor without normalisation."""
-    post_processor = model.post_processor
-    if not isinstance(post_processor, PostProcessor) or not post_processor.enable_normalization:
-        return None
-    return _threshold(model) if math.isclose(float(post_processor.image_sensitivity), 0.5) else None
+def _shown(model: "_Model", batch: ImageBatch, index: int) -> tuple[float, float | None, float | None]:
+    """Score and threshold as ``predictions.csv`` has them, and the raw threshold where it decides.
+
+    The raw one does not decide with a changed sensitivity, nor without normalisation.
+    """
+    score = float(cast("torch.Tensor", batch.pred_score)[index])
+    raw, post_processor = _threshold(model), model.post_processor
+    if raw is None or not isinstance(post_processor, PostProcessor):
+        return score, None, None
+    decides = post_processor.enable_normalization and math.isclose(float(post_processor.image_sensitivity), 0.5)
+    return score, round(float(post_processor.normalized_image_threshold), 6), raw if decides else None
 
 
 def _printable(name: str) -> str:
@@ -375,7 +422,11 @@ def _finite(value: float | torch.Tensor) -> float | None:
 def _write_records(folder: Path, run: dict[str, Any]) -> None:
     """Write the records whole or not at all."""
     with atomic_write(folder / RECORDS) as temporary:
-        temporary.write_text(json.dumps(run, indent=1, allow_nan=False), encoding="utf-8")
+        temporary.write_text(_as_text(run), encoding="utf-8")
+
+
+def _as_text(run: dict[str, Any]) -> str:
+    return json.dumps(run, indent=1, allow_nan=False)
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 """SPG in anomalib's engine, through the API, on small images and a tiny backbone with random weights."""
 
+import logging
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -11,6 +13,7 @@ import pytest
 import torch
 from anomalib.data import Folder
 from anomalib.engine import Engine
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from safetensors.torch import save_file
@@ -483,3 +486,17 @@ def test_rectangular_image_size(mvtec: Path, tmp_path: Path) -> None:
     model = build(image_size=(72, 100))
     engine(tmp_path).train(model=model, datamodule=data(mvtec))
     assert model.eval()(torch.rand(1, 3, 33, 55)).anomaly_map.shape[-2:] == (72, 100)
+
+
+@pytest.mark.parametrize(("asked", "is_said"), [(3, True), (1, False), (None, False)])
+def test_epochs_that_do_nothing(
+    asked: int | None, is_said: bool, mvtec: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The command keeps its config in a callback, which knows of another number of epochs: SPG names its own."""
+    kept = Callback()
+    kept.config = Namespace(trainer=Namespace(max_epochs=asked))
+    run = engine(tmp_path, callbacks=[kept], limit_val_batches=0)
+    with caplog.at_level(logging.WARNING):
+        run.fit(build(), datamodule=data(mvtec))
+    said = "max_epochs=3 does nothing: SPG passes the training images once. --model.sae_epochs and --model.guide_epochs"
+    assert (said in caplog.text) == is_said

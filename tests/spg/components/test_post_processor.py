@@ -3,7 +3,9 @@
 """The post-processor keeps every ranking, takes its thresholds from good parts, and rejects what is no number."""
 
 import json
+import logging
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +19,7 @@ from anomalib_spg import RawScorePostProcessor
 from anomalib_spg.components.evaluator import default_evaluator
 from anomalib_spg.components.post_processor import GoodPartsPostProcessor
 from anomalib_spg.components.threshold import good_part_threshold
+from tests.helpers import data
 
 
 def batch(scores: torch.Tensor, labels: torch.Tensor) -> ImageBatch:
@@ -214,9 +217,34 @@ def test_report_says_what_is_known() -> None:
         few.report(),
     )
     assert re.search(
-        r"moved by bad images: 0 of 50 .* Good images alone .* about 7\.8% .*finds 10 of the 10 bad", many.report()
+        r"moved by bad images: 0 of the 50 good images that are not learned from lie above it\. "
+        r"Good images alone .* about 7\.8% .*finds 10 of the 10 bad",
+        many.report(),
     )
     assert "No good image" in GoodPartsPostProcessor().report()
+
+
+@pytest.mark.parametrize(
+    ("mode", "validates", "is_said"),
+    [
+        ("same_as_test", True, True),
+        ("same_as_test", False, False),
+        ("from_test", True, False),
+        ("from_train", True, False),
+        ("none", True, False),
+    ],
+)
+def test_images_that_place_the_threshold_and_are_tested_on(
+    mode: str, validates: bool, is_said: bool, mvtec: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """anomalib's default for MVTec AD: what the decision's metrics are worth is said before the fit."""
+    datamodule = data(mvtec, val_split_mode=mode)
+    datamodule.setup()
+    trainer = SimpleNamespace(datamodule=datamodule, enable_validation=validates, is_global_zero=True)
+    with caplog.at_level(logging.WARNING):
+        GoodPartsPostProcessor().on_fit_start(trainer, None)
+    said = f"share {len(datamodule.test_data)} images" in caplog.text and "val_split_mode=from_test" in caplog.text
+    assert said == is_said
 
 
 def test_other_models_by_one_line() -> None:

@@ -26,7 +26,8 @@ def record(name: str = "bad/x.png", **changes: Any) -> dict[str, Any]:
     image = {"category": "nut", "name": name, "path": f"/in/{name}", "unit": "atom", "score": 0.9, "threshold": 0.5}
     files = {"picture": "pictures/0.jpg", "thumbnail": "thumbnails/0.jpg"}
     defect = {"box": [1, 2, 30, 40], "area": 777, "score": 0.75, "contour": [[1.5, 2.0], [30.0, 40.0], [1.5, 40.0]]}
-    lists = {"parts": [part], "other": {}, "defects": [defect]}
+    image |= {"words": "Rejected, because.", "raw_score": 0.7, "raw_threshold": 0.6, "base": 0.5}
+    lists = {"parts": [part], "others": {"count": 9, "adds": -0.1}, "other": {"text": 0.1}, "defects": [defect]}
     return {**image, "rejected": True, "defective": None, **files, **lists, **changes}
 
 
@@ -34,7 +35,12 @@ def run_in(folder: Path, *images: dict[str, Any], kind: str = "explanations", **
     """A run's folder with its records and pictures."""
     folder = folder / kind
     run = {"model": "SPG", "category": "nut", "figures": {"guides": "guides.jpg"}, "learned": "a", "neurons": {}}
-    run |= {"images": list(images) or [record()], **changes}
+    run |= {
+        "product": "",
+        "settings": {"own_weight": 0, "layers": [3]},
+        "images": list(images) or [record()],
+        **changes,
+    }
     for path in {"guides.jpg", *(image[key] for image in run["images"] for key in ("picture", "thumbnail"))}:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(folder / path)
@@ -82,16 +88,47 @@ def test_collected_from_several_machines(place: str, tmp_path: Path) -> None:
     assert data["left_out"] == []
 
 
-def test_newest_version(tmp_path: Path) -> None:
+def test_newest_version(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """By its number, since copying changes times; what is older is named. Other categories and predictions stay."""
     for version in (10, 9):
         run_in(tmp_path / f"v{version}", record(f"bad/{version}.png"))
     run_in(tmp_path / "v9", record("bolt.png"), category="bolt", kind="explanations_of_predictions")
-    data = shown(write_report(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        data = shown(write_report(tmp_path))
     assert sorted(image["name"] for image in data["images"]) == ["bad/10.png", "bolt.png"]
     assert len(data["left_out"]) == 1
+    assert f"Left out of the page: {data['left_out'][0]}" in caplog.text
     assert "v9/explanations' is older than" in data["left_out"][0]
     assert {image["model"] for image in data["images"]} == {"SPG"}
+
+
+def test_runs_with_other_settings(tmp_path: Path) -> None:
+    """All are on the page, told apart by what differs; of those with the same settings the newest one is."""
+    for version, weight in enumerate((8, 0, 0)):
+        settings = {"own_weight": weight, "layers": [3], "selection": "variance"}
+        run_in(tmp_path / f"v{version}", record(f"bad/{version}.png"), settings=settings)
+    data = shown(write_report(tmp_path))
+    models = {image["name"]: image["model"] for image in data["images"]}
+    assert models == {"bad/0.png": "SPG, own_weight 8", "bad/2.png": "SPG, own_weight 0"}
+    assert len(data["left_out"]) == 1
+    assert "v1/explanations' is older" in data["left_out"][0]
+
+
+def test_figures_are_of_the_product_that_was_learned(tmp_path: Path) -> None:
+    """Not of the folders that predicted images lie in; where it is not known, none is named."""
+    run_in(tmp_path / "a", product="bolt", category="new, old")
+    run_in(tmp_path / "b", category="new")
+    titles = {figure["title"] for figure in shown(write_report(tmp_path))["figures"]}
+    assert titles == {"SPG, bolt: guides", "SPG: guides"}
+
+
+@pytest.mark.command
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
+def test_title_in_a_browser(tmp_path: Path) -> None:
+    """The category stands before the name, unless the name begins with it."""
+    for category, title in (("nut", "nut: new/100% bad.png"), ("new", "new/100% bad.png")):
+        run_in(tmp_path, record("new/100% bad.png", category=category))
+        assert f"<strong>{title}</strong>" in dump(write_report(tmp_path), "image=0")
 
 
 def test_neurons_of_one_product_on_two_machines(tmp_path: Path) -> None:
@@ -101,6 +138,14 @@ def test_neurons_of_one_product_on_two_machines(tmp_path: Path) -> None:
     assert "sensitive neurons that products share" in [
         figure["title"] for figure in shown(write_report(tmp_path))["figures"]
     ]
+
+
+def test_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """The command as it is called."""
+    monkeypatch.setattr(sys, "argv", ["report.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert capsys.readouterr().out.startswith("usage: python -m anomalib_spg.explanations.report [-h] [folder]")
 
 
 BROKEN = {
@@ -117,6 +162,7 @@ BROKEN = {
     "no_threshold": {"images": [{key: value for key, value in record().items() if key != "threshold"}]},
     "parts_by_name": {"images": [record(parts={"17": 0.2})]},
     "parts_without_block": {"images": [record(parts=[{"unit": 3, "adds": 0.1, "share": 0.1}])]},
+    "others_have_no_number": {"images": [record(others={"adds": 0.1})]},
     "other_is_nested": {"images": [record(other={"text": {"a": 1}})]},
     "defects_by_name": {"images": [record(defects={"1": 0.2})]},
     "defect_is_a_box": {"images": [record(defects=[[1, 2, 3, 4]])]},
@@ -159,6 +205,24 @@ def test_defects(tmp_path: Path) -> None:
     run_in(tmp_path, record("new.png"), earlier)
     images = shown(write_report(tmp_path))["images"]
     assert [image["defects"] for image in images] == [[{"score": 0.75, "area": 777, "box": [1, 2, 30, 40]}], []]
+
+
+@pytest.mark.command
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
+def test_scores_in_a_browser(tmp_path: Path) -> None:
+    """The shown score decides, on card and in dialog, and in words; the column of parts adds up to the raw one."""
+    run_in(tmp_path, record())
+    opened = dump(write_report(tmp_path), "image=0")
+    assert '<div class="small">score 0.900, threshold 0.500</div>' in opened
+    assert '<p class="decision">Rejected: score 0.900, threshold 0.500</p>' in opened
+    assert '<p class="words">Rejected, because.</p>' in opened
+    assert "<dt>Atom</dt>" in opened
+    assert "<dt>Neuron</dt>" not in opened
+    table = re.search(r'<table class="parts">(.*?)</table>', opened, flags=re.DOTALL).group(1)
+    assert "add up to the raw score 0.700 (raw threshold 0.600)" in table
+    rows = re.findall(r"<tr><td>(?:<button.*?>)?([^<]*)<.*?(-?\d\.\d{4})</td>", table)
+    expected = {"17": 0.2, "no preference": 0.5, "9 other atoms": -0.1, "text": 0.1, "raw score": 0.7}
+    assert {name: float(adds) for name, adds in rows} == expected
 
 
 def test_an_unfinished_newest_version(tmp_path: Path) -> None:

@@ -15,14 +15,16 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
+from anomalib.data import InferenceBatch
 from anomalib.data.utils import read_image
 from lightning.pytorch.callbacks import LambdaCallback
 from PIL import Image
 
-from anomalib_lake import LAKEModel
+from anomalib_lake import LAKE, LAKEModel
 from anomalib_spg import SPG, ExplanationVisualizer, SPGModel
 from anomalib_spg.components.pre_processor import default_pre_processor
 from anomalib_spg.explanations.categories import atom_usage, is_general, neuron_overlap
@@ -31,7 +33,7 @@ from anomalib_spg.explanations.figures import plot_explanation
 from anomalib_spg.explanations.report import UNFINISHED, write_report
 from anomalib_spg.quickstart import BACKBONE
 from tests.benchmarks.faithfulness import faithfulness
-from tests.helpers import BROWSER, data, dump, engine, few_textiles, run_command, shown_names
+from tests.helpers import BROWSER, TINY, data, dump, engine, few_textiles, run_command, shown_names
 
 COUNT = 8  # images per folder
 ON = ["--model.visualizer", "anomalib_spg.ExplanationVisualizer"]
@@ -64,6 +66,7 @@ def check_folder(results: Path, unit: str) -> dict[str, Any]:
     """Every rejected image has a record, a picture and a thumbnail; return the records."""
     folder = results / "explanations"
     run = json.loads((folder / "explanations.json").read_text())
+    assert run["settings"]["image_size"] == [448, 448]
     assert run["images"]
     for image in run["images"]:
         assert image["unit"] == unit
@@ -144,6 +147,7 @@ def runs(tmp_path: Path) -> Path:
     """Two runs with made-up records, one of them with a name that tries to break out of the script."""
     part = {"block": 6, "unit": 17, "adds": 0.2, "share": 0.5}
     common = {"path": "p", "defective": True, "other": {"text": 0.1}, "picture": "p.jpg", "thumbnail": "t.jpg"}
+    common |= {"words": "", "raw_score": 0.4, "raw_threshold": 0.3, "base": 0.0, "others": {"count": 0, "adds": 0.0}}
     for category, scores in (("nut", (0.6, 0.9, 0.3)), ("bolt", (0.7,))):
         images = [
             {
@@ -162,7 +166,15 @@ def runs(tmp_path: Path) -> Path:
         folder.mkdir(parents=True)
         for name in ("p.jpg", "t.jpg"):
             Image.new("RGB", (8, 8)).save(folder / name)
-        run = {"model": "SPG", "figures": {}, "learned": "same", "category": category, "images": images}
+        run = {
+            "model": "SPG",
+            "product": category,
+            "settings": {},
+            "figures": {},
+            "learned": "same",
+            "category": category,
+            "images": images,
+        }
         (folder / "explanations.json").write_text(json.dumps(run))
         (folder.parent.parent / "latest").symlink_to(folder.parent)
     return tmp_path
@@ -272,13 +284,14 @@ def test_other_models_are_refused() -> None:
 @pytest.mark.command
 @pytest.mark.slow
 def test_sensitivity_decides(spg: Path, tmp_path: Path) -> None:
-    """Rejected is what anomalib rejects, also where a sensitivity moves the threshold; the raw one is not shown."""
+    """Rejected is what anomalib rejects, also where a sensitivity moves the threshold; the raw one does not decide."""
     model = SPG.load_from_checkpoint(spg / "weights/lightning/model.ckpt", visualizer=ExplanationVisualizer())
     model.post_processor.image_sensitivity = torch.tensor(0.97)
     engine(tmp_path).predict(model, data_path=spg.parents[3] / "quickstart/textile/test/good")
     records = json.loads(next(tmp_path.rglob("explanations.json")).read_text())["images"]
     assert records
-    assert all(image["rejected"] and image["threshold"] is None for image in records)
+    assert all(image["rejected"] and image["raw_threshold"] is None for image in records)
+    assert {image["threshold"] for image in records} == {0.03}
 
 
 @pytest.fixture
@@ -305,7 +318,8 @@ def tiny() -> SPG:
 def explain_predictions(model: SPG, folder: Path, images: Path) -> list[dict[str, Any]]:
     """Records of a prediction."""
     engine(folder).predict(model, data_path=images)
-    return json.loads(next(folder.rglob("explanations.json")).read_text())["images"]
+    newest = max(folder.rglob("explanations.json"), key=lambda path: path.stat().st_mtime_ns)
+    return json.loads(newest.read_text())["images"]
 
 
 def test_names_that_are_alike_or_odd(tiny: SPG, tmp_path: Path) -> None:
@@ -321,6 +335,41 @@ def test_names_that_are_alike_or_odd(tiny: SPG, tmp_path: Path) -> None:
     assert all((folder / record[kind]).is_file() for record in records for kind in ("picture", "thumbnail"))
     assert all(record["rejected"] is None and record["threshold"] is None for record in records)
     assert not tiny.model.backbone._forward_hooks
+
+
+def test_scores_are_those_of_the_table(tiny: SPG, tmp_path: Path) -> None:
+    """As predictions.csv has them, with its threshold; the raw score is what the parts add up to."""
+    for number, name in enumerate("ab"):
+        Image.fromarray(np.full((70, 50, 3), 99 * number, np.uint8)).save(tmp_path / f"{name}.png")
+    tiny.post_processor.add_good(torch.linspace(0.2, 0.3, 9))
+    tiny.post_processor.place_thresholds()
+    records = explain_predictions(tiny, tmp_path / "out", tmp_path)
+    table = pd.read_csv(next(tmp_path.rglob("predictions.csv"))).set_index("image")
+    assert len(records) == 2
+    for record in records:
+        row = table.loc[record["path"]]
+        assert [record["score"], record["threshold"]] == pytest.approx([row.score, row.threshold], abs=1e-6)
+        shown = tiny.post_processor(InferenceBatch(torch.tensor([record["raw_score"]]), None)).pred_score
+        assert record["score"] == pytest.approx(float(shown), abs=1e-5)
+        assert record["raw_threshold"] == pytest.approx(float(tiny.post_processor.image_threshold))
+        total = record["base"] + sum(part["adds"] for part in record["parts"])
+        total += record["others"]["adds"] + sum(record["other"].values())
+        assert total == pytest.approx(record["raw_score"], abs=1e-5)
+
+
+def test_predicted_images_are_of_the_product_that_was_learned(mvtec: Path, tmp_path: Path) -> None:
+    """A checkpoint knows it; the folders of the images are no category."""
+    arguments = {"backbone": TINY, "pre_trained": False, "image_size": 64, "visualizer": ExplanationVisualizer("all")}
+    engine(tmp_path / "trained", limit_val_batches=1).fit(LAKE(**arguments), datamodule=data(mvtec))
+    (tmp_path / "in" / "new").mkdir(parents=True)
+    Image.new("RGB", (50, 50)).save(tmp_path / "in" / "new" / "100% bad.png")
+    checkpoint = next(tmp_path.rglob("model.ckpt"))
+    engine(tmp_path / "out").predict(LAKE(**arguments), data_path=tmp_path / "in", ckpt_path=str(checkpoint))
+    run = json.loads(next((tmp_path / "out").rglob("explanations.json")).read_text())
+    assert [run["product"], run["category"], run["images"][0]["category"]] == ["brick"] * 3
+    assert run["settings"]["layers"] == [4, 7]  # as they are resolved, in every run
+    assert "weights" not in run["settings"]
+    assert run["images"][0]["name"] == "new/100% bad.png"
 
 
 def test_names_as_long_as_files_allow(tiny: SPG, tmp_path: Path) -> None:
@@ -357,7 +406,7 @@ def test_scores_that_are_no_numbers(tiny: SPG, tmp_path: Path) -> None:
 
 
 def test_what_is_not_ours_stays(tiny: SPG, tmp_path: Path) -> None:
-    """Pictures of an earlier run go; a folder of the user's that happens to have the same name is left alone."""
+    """A folder of the user's that happens to have the same name is left alone."""
     Image.new("RGB", (50, 50)).save(tmp_path / "x.png")
     folder = tmp_path / "out" / "SPG" / "latest" / "explanations_of_predictions"
     (folder / "pictures").mkdir(parents=True)
@@ -365,9 +414,31 @@ def test_what_is_not_ours_stays(tiny: SPG, tmp_path: Path) -> None:
         (folder / name).write_text("mine")
     assert len(explain_predictions(tiny, tmp_path / "out", tmp_path / "x.png")) == 1
     assert (folder / "pictures" / "mine.jpg").is_file()
-    explain_predictions(tiny, tmp_path / "out", tmp_path / "x.png")
-    assert [path.name for path in (folder / "pictures").iterdir()] == ["00000_x.jpg"]
     assert (folder / "mine.txt").is_file()
+
+
+def test_earlier_predictions_stay(tiny: SPG, tmp_path: Path) -> None:
+    """Explanations have the number of their table, whether or not each prediction was explained."""
+    for name in "abc":
+        Image.new("RGB", (50, 50)).save(tmp_path / f"{name}.png")
+    explain_predictions(tiny, tmp_path / "out", tmp_path / "a.png")
+    folder = next((tmp_path / "out").rglob("explanations_of_predictions"))
+    shutil.copy(folder.parent / "predictions.csv", folder.parent / "predictions_2.csv")  # of a run without explanations
+    explain_predictions(tiny, tmp_path / "out", tmp_path / "b.png")
+    (folder.parent / "predictions.csv").unlink()
+    explain_predictions(tiny, tmp_path / "out", tmp_path / "c.png")
+    for end, name in (("", "a"), ("_3", "b"), ("_4", "c")):
+        numbered = folder.with_name(folder.name + end)
+        assert [path.name for path in (numbered / "pictures").iterdir()] == [f"00000_{name}.jpg"]
+        assert (numbered / "index.html").is_file()
+    assert "/b.png" in (folder.parent / "predictions_3.csv").read_text()
+
+
+def test_a_second_test_replaces_the_first(tiny: SPG, mvtec: Path, tmp_path: Path) -> None:
+    """Its images are the same, and so is its folder."""
+    for batches, pictures in ((2, 6), (1, 3)):
+        engine(tmp_path, limit_test_batches=batches).test(tiny, datamodule=data(mvtec))
+        assert len(list(tmp_path.rglob("explanations*/pictures/*.jpg"))) == pictures
 
 
 def test_an_interrupted_run_lets_go(tiny: SPG, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,19 +451,20 @@ def test_an_interrupted_run_lets_go(tiny: SPG, tmp_path: Path, monkeypatch: pyte
 
 
 def test_an_interrupted_run_says_so(tiny: SPG, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its pictures do not pass for those of the run before, nor is there half a file; the next run is whole again."""
+    """Its pictures do not pass for those of a whole run, nor is there half a file; the next run is whole again."""
     for name in "ab":
         Image.new("RGB", (50, 50)).save(tmp_path / f"{name}.png")
-    explain_predictions(tiny, tmp_path / "out", tmp_path / "a.png")
-    folder = next((tmp_path / "out").rglob("explanations_of_predictions"))
     with monkeypatch.context() as patched:
         patched.setattr(ExplanationVisualizer, "on_predict_end", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             explain_predictions(tiny, tmp_path / "out", tmp_path / "b.png")
+    folder = next((tmp_path / "out").rglob("explanations_of_predictions"))
     assert [path.name for path in (folder / "pictures").iterdir()] == ["00000_b.jpg"]
     assert not (folder / "index.html").exists()
     with pytest.raises(ValueError, match="being written, or their run was interrupted"):
         write_report(tmp_path / "out")
+    for table in folder.parent.glob("predictions*.csv"):
+        table.unlink()
     assert len(explain_predictions(tiny, tmp_path / "out", tmp_path / "a.png")) == 1
     assert [path.name for path in (folder / "pictures").iterdir()] == ["00000_a.jpg"]
     assert (folder / "index.html").is_file()

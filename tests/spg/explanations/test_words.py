@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""A decision in plain words: true of the image it is about."""
+
+import pytest
+import torch
+
+from anomalib_spg.components.regions import Defect
+from anomalib_spg.explanations.explanation import Explanation
+from anomalib_spg.explanations.figures import plot_explanation
+from anomalib_spg.explanations.words import in_words
+
+
+def explanation(unit: str = "neuron", score: float = 0.8, peak: tuple[int, int] = (4, 4)) -> Explanation:
+    """An explanation by one part, of an image of 9 x 9 patches."""
+    part = torch.tensor([1])
+    maps = torch.rand(1, 9, 9)
+    return Explanation(unit, score, 0.0, part, part, torch.tensor([score]), maps, torch.rand(72, 72), peak)
+
+
+@pytest.mark.parametrize(
+    ("peak", "place"),
+    [((0, 0), "at the top left"), ((4, 4), "in the middle"), ((3, 8), "at the right"), ((8, 5), "at the bottom")],
+)
+def test_place(peak: tuple[int, int], place: str) -> None:
+    """By thirds of the image; an atom speaks for a defect, a neuron against a good part."""
+    assert f"The framed place {place} looks least like a good part." in in_words(explanation(peak=peak), rejected=True)
+    assert f"place {place} looks most like a defect" in in_words(explanation("atom", peak=peak), rejected=True)
+
+
+@pytest.mark.parametrize(
+    ("rejected", "below", "words"),
+    [
+        (True, (24, 24), "Rejected, because its score exceeds the threshold; all 24 known good parts score lower."),
+        (True, (1, 1), "exceeds the threshold; 1 of 1 known good part scores lower."),
+        (False, (5, 24), "Accepted, because its score does not exceed the threshold; 5 of 24 known good parts score"),
+        (False, (0, 24), "threshold; none of 24 known good parts score lower."),
+        (True, (0, 0), "Rejected, because its score exceeds the threshold. The"),
+        (None, (0, 0), "Nothing is decided, because there is no threshold. The"),
+    ],
+)
+def test_decision(rejected: bool | None, below: tuple[int, int], words: str) -> None:
+    """Good parts are counted where any are known."""
+    assert words in in_words(explanation(), rejected, below)
+    assert "not a finite number" in in_words(explanation(score=float("nan")), rejected, below)
+
+
+def test_defects() -> None:
+    """How many, and how large; an accepted image has none, and none is spoken of."""
+    found = [Defect((0, 0, 30, 20), 400, 0.9, []), Defect((50, 50, 52, 51), 2, 0.6, [])]
+    assert in_words(explanation(), rejected=True, defects=found).endswith(
+        "2 places are outlined as defects, the largest 30 x 20 pixels."
+    )
+    assert in_words(explanation(), rejected=True, defects=found[1:]).endswith(
+        "One place is outlined as a defect, 2 x 1 pixels."
+    )
+    assert in_words(explanation(), rejected=True).endswith("so none is outlined.")
+    assert "outlined" not in in_words(explanation(), rejected=False)
+
+
+def test_in_the_picture() -> None:
+    """Above the sum, with the nearest normal patch where that is shown."""
+    words = in_words(explanation(), rejected=True, has_nearest=True)
+    assert "the most similar place of a good part is shown beside it" in words
+    figure = plot_explanation(explanation(), torch.zeros(72, 72, 3).byte().numpy(), patch_size=8, words=words)
+    caption = figure.get_supxlabel()
+    assert " ".join(caption.split()).startswith(f"{words} Raw score: ")
