@@ -63,6 +63,7 @@ from anomalib_spg.datamodule import set_up
 from anomalib_spg.settings import GuideSettings
 
 from .cluster import Cluster, Outcome, Task
+from .contents import contents
 from .results import append_row, read_rows, versions, write_json
 from .tables import identify, read_results, results_table
 
@@ -86,7 +87,8 @@ class BenchmarkJob(Job):
         output (Path): Folder of the results.
 
     Attributes:
-        key (str): Hash of all that; if the results have a row with this key, the job is done.
+        key (str): Hash of all that, and of the contents of files that the model's arguments name; if the results have
+            a row with this key, the job is done.
         guides (Path | None): Where SPG's guides are shared with other jobs; ``None`` for other models.
     """
 
@@ -96,10 +98,12 @@ class BenchmarkJob(Job):
         super().__init__()
         self.accelerator = accelerator
         self.config = config
-        self.flat = {"accelerator": accelerator, **flatten_dict(config)}
+        held = contents(config["model"])
+        self.flat = {"accelerator": accelerator, **flatten_dict(config), **held}
         self.key = _digest(self.flat)
         training = training_config(config)
-        self.guides = training and output / "guides" / f"{_digest([accelerator, training])}.safetensors"
+        learned_by = [accelerator, training, *filter(None, [held])]
+        self.guides = training and output / "guides" / f"{_digest(learned_by)}.safetensors"
 
     @hide_output
     def run(self, task_id: int | None = None) -> dict[str, Any]:

@@ -37,6 +37,8 @@ _NO_METHOD = {"class_path", "category", "name", "target", "root", "eval_batch_si
 # Settings that may belong to a product, in folders of its own: only two values for one product are two methods.
 _OF_PRODUCT = {"normal_dir", "abnormal_dir", "normal_test_dir", "mask_dir", "extensions", "json_path", "samples"}
 _OF_PRODUCT |= {f"{name}_split_{kind}" for name in ("normal", "test", "val") for kind in ("mode", "ratio")}
+_CONTENTS = "contents."  # before the name of an argument: the digest of the file that it names
+_SETTINGS = ("model.", "data.", _CONTENTS)
 _NONE = "\u2013"
 
 
@@ -94,7 +96,8 @@ def identify(frame: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         pd.DataFrame: Columns ``dataset``, ``category``, ``method`` and ``seed``. What says where a category's images
-            lie, and how they are split, names a method only where it differs within the category.
+            lie, and how they are split, names a method only where it differs within the category; the digest of a
+            file's contents, where one name had several contents.
 
     Example:
         >>> identify(pd.DataFrame({
@@ -119,7 +122,7 @@ def identify(frame: pd.DataFrame) -> pd.DataFrame:
         "method": frame["model.class_path"].str.split(".").str[-1] + (" from " + auxiliary).where(auxiliary != "", ""),
         "seed": frame[[name for name in _SEEDS if name in frame]].agg("/".join, axis=1).str.rstrip("/"),
     })
-    settings = [name for name in map(str, frame) if name == "accelerator" or name.startswith(("model.", "data."))]
+    settings = [name for name in map(str, frame) if name == "accelerator" or name.startswith(_SETTINGS)]
     settings = [name for name in settings if name.split(".")[-1] not in _NO_METHOD]
 
     def of_product(name: str, rows: pd.DataFrame) -> bool:
@@ -127,9 +130,15 @@ def identify(frame: pd.DataFrame) -> pd.DataFrame:
         values = frame[name].loc[rows.index].groupby(rows["category"]).nunique()
         return section == "data" and argument in _OF_PRODUCT and bool((values == 1).all())
 
+    def told_by_name(name: str, rows: pd.DataFrame) -> bool:
+        file, group = name.removeprefix(_CONTENTS), frame.loc[rows.index]
+        values = group[name].groupby(group[file]).nunique()
+        return name != file and bool((values == 1).all())
+
     for _, rows in result.groupby(["dataset", "method"]):
         group = frame.loc[rows.index, settings]
-        varying = [name for name in settings if len(group[name].unique()) > 1 and not of_product(name, rows)]
+        varying = [name for name in settings if len(group[name].unique()) > 1]
+        varying = [name for name in varying if not of_product(name, rows) and not told_by_name(name, rows)]
         for index in rows.index:
             shown = [f"{name.split('.')[-1]}={group[name][index]}" for name in varying if group[name][index]]
             result.loc[index, "method"] = ", ".join([result["method"][index], *shown])
