@@ -64,7 +64,7 @@ from anomalib_spg.settings import GuideSettings
 
 from .cluster import Cluster, Outcome, Task
 from .contents import contents
-from .results import append_row, read_rows, versions, write_json
+from .results import append_row, read_rows, versions, write_jobs, write_json
 from .tables import identify, read_results, results_table
 
 logger = logging.getLogger(__name__)
@@ -250,6 +250,7 @@ class ResumingRunner(Runner):
         output = self.generator.output
         settings = {job.key: job.flat for job in jobs}
         write_json(output, self.configs, settings)  # an older run may have left none
+        write_jobs(output, ", ".join(self.configs), settings)
         done = {row["job"] for row in read_rows(output)}
         todo = [(job, name) for job, name in zip(jobs, names(jobs), strict=True) if job.key not in done]
         print(f"{len(jobs)} jobs, {len(jobs) - len(todo)} of them in {output / 'results.csv'} already", flush=True)

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from .results import read_jobs
+
 METRICS = {
     "image_AUROC": "image AUROC",
     "image_AveragePrecision": "image AP",
@@ -55,16 +57,18 @@ def read_results(*paths: str | Path) -> pd.DataFrame:
     """Read results, and name the method of every row.
 
     Args:
-        *paths (str | Path): Files ``results.csv``.
+        *paths (str | Path): Files ``results.csv``; a ``jobs.json`` beside one says what was asked for.
 
     Returns:
-        pd.DataFrame: Columns ``dataset``, ``category``, ``method``, ``seed`` and the metrics, as shares of 1. Where the
-            same method, category and seed occur more than once, the last row counts.
+        pd.DataFrame: Columns ``dataset``, ``category``, ``method``, ``seed``, ``done`` and the metrics, as shares of 1.
+            Jobs that were asked for and have no result are rows that are not ``done``. Where the same method, category
+            and seed occur more than once, the last row counts.
 
     Raises:
         ValueError: If a file does not exist, is no result of a benchmark, or holds none of the metrics.
     """
-    parts = []
+    parts: list[pd.DataFrame] = []
+    waiting: list[pd.DataFrame] = []
     for path in paths:
         try:
             part = pd.read_csv(path, dtype=str, keep_default_na=False)  # a category may be called 01
@@ -80,12 +84,17 @@ def read_results(*paths: str | Path) -> pd.DataFrame:
         if not set(METRICS) & set(part):
             msg = f"'{path}' has none of the metrics {', '.join(METRICS)}. Run a benchmark with one of them."
             raise ValueError(msg)
-        parts.append(part)
-    frame = pd.concat(parts, ignore_index=True).fillna("")
+        done = set(part.get("job", ()))
+        asked = pd.DataFrame([job for job in read_jobs(Path(path).parent) if job["job"] not in done])
+        parts += [part.assign(done="done")]
+        waiting += [asked] if len(asked) else []
+    frame = pd.concat([*waiting, *parts], ignore_index=True).fillna("")  # of two with one name the last counts
     result = identify(frame)
+    result["done"] = frame["done"] == "done"
     for metric in METRICS:
         result[metric] = pd.to_numeric(frame.get(metric, ""), errors="coerce")
-    return result.drop_duplicates(["dataset", "category", "method", "seed"], keep="last").reset_index(drop=True)
+    result = result.drop_duplicates(["dataset", "category", "method", "seed"], keep="last")
+    return result.sort_values("done", ascending=False, kind="stable", ignore_index=True)
 
 
 def identify(frame: pd.DataFrame) -> pd.DataFrame:
@@ -163,26 +172,26 @@ def make_tables(results: pd.DataFrame) -> Iterator[Table]:
             for metric in METRICS
         }
         missing: set[tuple[str, str]] = set()
-        notes = []
+        absent = [str(category) for category in categories if not (rows["done"] & (rows["category"] == category)).any()]
+        notes = [f"No result of {', '.join(absent)}."] if absent else []
         for method, group in rows.groupby("method", sort=False):
             expected = len(categories) * len(group["seed"].unique())
-            if len(group) < expected:
+            done = group[group["done"]]
+            if len(done) < expected:
                 missing |= {(str(method), metric) for metric in METRICS}
-                notes.append(f"{method}: {expected - len(group)} of {expected} results are missing.")
+                notes.append(f"{method}: {expected - len(done)} of {expected} results are missing.")
             for metric, name in METRICS.items():
-                without = int(group[metric].isna().sum())  # an older run may have measured less
-                if 0 < without < len(group):
+                without = int(done[metric].isna().sum())  # an older run may have measured less
+                if 0 < without < len(done):
                     missing.add((str(method), metric))
-                    notes.append(f"{method}: {without} of {len(group)} results have no {name}.")
+                    notes.append(f"{method}: {without} of {len(done)} results have no {name}.")
         if notes:
             notes.append(
                 "Means with * are over the seeds that have every category, or else over the categories there are."
             )
         note = " ".join(notes)
-        means = {
-            (method, metric): _mean_over_categories(grid) + ("*" if (method, metric) in missing else "")
-            for (method, metric), grid in grids.items()
-        }
+        means = {key: _mean_over_categories(grid) for key, grid in grids.items()}
+        means |= {key: f"{means[key]}*" for key in missing if means[key] != _NONE}
         count = f"mean over {len(categories)} categories" if len(categories) > 1 else str(categories[0])
         cells = [[method, *(means[method, metric] for metric in METRICS)] for method in methods]
         yield Table(f"{dataset}, {count}", ["method", *METRICS.values()], cells, note)
