@@ -62,6 +62,7 @@ from anomalib_spg.components.raw_scores import RawScorePostProcessor
 from anomalib_spg.datamodule import set_up
 from anomalib_spg.settings import GuideSettings
 
+from .checks import check_names
 from .cluster import Cluster, Outcome, Task
 from .contents import contents
 from .results import append_row, read_rows, versions, write_jobs, write_json
@@ -333,6 +334,7 @@ class Benchmark(Pipeline):
         runners = self._setup_runners({**config, **settings, "engine": args.engine, "workers": args.workers})
         try:
             configs = list(expand_all(config["benchmark"]))
+            check_names(configs)
         except ValueError as exception:
             msg = f"'{args.config}': {exception}"
             raise ValueError(msg) from exception
@@ -476,6 +478,8 @@ def _attempt(output: Path, task: Task) -> Outcome:
         return Outcome(task.job.run())
     except LoggerRedirectError as wrapped:
         error = wrapped.__cause__ or wrapped
+        while not str(error) and error.__cause__:  # anomalib raises some without a word
+            error = error.__cause__
         logger.exception("%s failed", task.name)
         return Outcome(error=f"FAILED after {time.time() - start:.1f} s: {type(error).__name__}: {error}")
 
