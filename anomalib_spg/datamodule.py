@@ -20,6 +20,8 @@ from anomalib.data.utils import LabelName, TestSplitMode, ValSplitMode
 from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
 
+from .dataset_folders import unmatched_masks
+
 logger = logging.getLogger(__name__)
 
 _OTHERS = tuple(f"anomalib.data.datamodules.{kind}" for kind in ("base", "depth", "video"))
@@ -184,6 +186,9 @@ def set_up(datamodule: AnomalibDataModule, stage: str | None = None, seed: int |
         stage (str | None): Stage of the trainer.
         seed (int | None): Seed of its random splits and drawn anomalies where it has none. ``None`` is the process's,
             ``torch.initial_seed``, whatever else was drawn before.
+
+    Raises:
+        ValueError: If masks or anomalous images are missing; names the first.
     """
     has_texts = int(pd.__version__.partition(".")[0]) >= 3
     own = datamodule.seed
@@ -196,7 +201,12 @@ def set_up(datamodule: AnomalibDataModule, stage: str | None = None, seed: int |
         torch.default_generator.manual_seed(datamodule.seed)
         np.random.seed(datamodule.seed % 2**32)  # noqa: NPY002  # anomalib draws from it
         random.seed(datamodule.seed)
-        datamodule.setup(stage)
+        try:
+            datamodule.setup(stage)
+        except Exception as exception:  # pandas' own, in no words of images
+            if not (msg := unmatched_masks(datamodule)):
+                raise
+            raise ValueError(msg) from exception
     datamodule.seed = own
 
 

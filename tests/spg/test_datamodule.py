@@ -2,6 +2,8 @@
 
 """Labelled auxiliary data in, target data out, and what is refused."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,50 @@ def test_anomalous_images_without_masks(tmp_path: Path, visa: Path) -> None:
     }
     with pytest.raises(ValueError, match=r"None of the 4 anomalous .* has a mask.*hole/000\.png.*a target only"):
         build(tmp_path, visa, auxiliary="Folder", auxiliary_args=folder).setup()
+
+
+def without_folder(category: Path) -> None:
+    """No folder of masks."""
+    shutil.rmtree(category / "ground_truth")
+
+
+def without_one(category: Path) -> None:
+    """A mask is missing."""
+    (category / "ground_truth/hole/002_mask.png").unlink()
+
+
+def without_images(category: Path) -> None:
+    """Masks, but nothing that they belong to."""
+    shutil.rmtree(category / "test/hole")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_folder, r"no masks in '.*/ground_truth' for 4 anomalous .*without one is '.*hole/000\.png'\. Add the"),
+        (without_one, r"3 masks in '.*/ground_truth' for 4 anomalous .*without one is '.*hole/002\.png'\. Add the"),
+        (without_images, r"4 masks in '.*' for no anomalous images .*without an image is '.*hole/000_mask\.png'\. Add"),
+    ],
+)
+def test_missing_masks(change: Callable[[Path], None], message: str, tmp_path: Path, visa: Path) -> None:
+    """anomalib fails with pandas' words about keys; the dataset, the category and the first file are named."""
+    change(make_mvtec(tmp_path, categories=("brick",)) / "brick")
+    with pytest.raises(ValueError, match=f"^MVTecAD brick: {message}"):
+        build(tmp_path, visa, auxiliary_categories="brick").setup()
+
+
+def test_missing_masks_of_visa(tmp_path: Path, mvtec: Path) -> None:
+    """In the copy that anomalib reads."""
+    shutil.rmtree(make_visa(tmp_path) / "visa_pytorch/gravel/ground_truth")
+    with pytest.raises(ValueError, match=r"^Visa gravel: no masks in '.*visa_pytorch.*' for 4 anom.*'.*/bad/.*\.JPG'"):
+        build(mvtec, tmp_path).setup()
+
+
+def test_other_failures_stay_as_they_are(tmp_path: Path, visa: Path) -> None:
+    """A folder without any image is not said to lack masks."""
+    (tmp_path / "brick").mkdir()
+    with pytest.raises(RuntimeError, match="Found 0 images"):
+        build(tmp_path, visa, auxiliary_categories="brick").setup()
 
 
 def test_mask_of_another_size(tmp_path: Path, visa: Path) -> None:
