@@ -60,6 +60,7 @@ from anomalib_spg.components.files import atomic_write
 from anomalib_spg.components.post_processor import GoodPartsPostProcessor
 from anomalib_spg.components.raw_scores import RawScorePostProcessor
 from anomalib_spg.datamodule import set_up
+from anomalib_spg.dataset_folders import check_category
 from anomalib_spg.settings import GuideSettings
 
 from .checks import check_names
@@ -120,6 +121,7 @@ class BenchmarkJob(Job):
         start = time.time()
         seed_everything(self.config["seed"], workers=True)
         model, datamodule = self._build_model(), get_datamodule(self.config["data"])
+        check_category(getattr(datamodule, "target", datamodule))
         datamodule.prepare_data()
         set_up(datamodule, TrainerFn.FITTING, self.config["seed"])  # so that all models have the same splits
         trainer = self.config["model"].get("trainer", {})

@@ -450,6 +450,17 @@ def test_missing_masks_are_named(tmp_path: Path) -> None:
     assert "000.png'. Add the masks" in error
 
 
+def test_misspelt_category_is_named(mvtec: Path, tmp_path: Path) -> None:
+    """Before anomalib downloads the dataset; also where FewShot draws from it."""
+    arguments = {"root": str(mvtec), "category": "botle"}
+    few = {"class_path": "FewShot", "init_args": {"target": "MVTecAD", "target_args": arguments}}
+    for data in ({"class_path": "MVTecAD", "init_args": arguments}, few):
+        model = {"class_path": "Patchcore", "init_args": PATCHCORE, "image_size": 64}
+        job = BenchmarkJob("cpu", {"seed": 0, "model": model, "data": data}, tmp_path)
+        error = _attempt(tmp_path, Task("[1/1]", "job", job)).error
+        assert f"MVTecAD: no folder '{mvtec / 'botle'}' with images; there are brick, grass." in error
+
+
 def test_trainer_arguments_of_a_model(mvtec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They reach the trainer, tell jobs and guides apart; those that the benchmark sets are refused."""
     seen = {}
