@@ -189,7 +189,7 @@ def make_tables(results: pd.DataFrame) -> Iterator[Table]:
             notes.append(
                 "Means with * are over the seeds that have every category, or else over the categories there are."
             )
-        note = " ".join(notes)
+        note = " ".join([_seeds(rows[rows["done"]]), *notes])
         means = {key: _mean_over_categories(grid) for key, grid in grids.items()}
         means |= {key: f"{means[key]}*" for key in missing if means[key] != _NONE}
         count = f"mean over {len(categories)} categories" if len(categories) > 1 else str(categories[0])
@@ -206,6 +206,15 @@ def make_tables(results: pd.DataFrame) -> Iterator[Table]:
             ]
             cells.append(["mean", *(means[method, metric] for method in methods)])
             yield Table(f"{dataset}, {name}", ["category", *methods], cells, note)
+
+
+def _seeds(done: pd.DataFrame) -> str:
+    """Say of how many seeds the values are; methods may differ."""
+    counts = sorted(set(done.groupby("method")["seed"].nunique())) or [0]
+    if counts[-1] < 2:  # one has no deviation
+        return f"Percentages of {counts[-1] or 'no'} seed."
+    several = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"Percentages, mean ± standard deviation over {several} seeds."
 
 
 def _mean_over_categories(grid: pd.DataFrame) -> str:

@@ -49,7 +49,18 @@ def test_means_and_deviations(tmp_path: Path) -> None:
         ["LAKE, k_shot=4", "95.0", *[NONE] * 5, "75.0"],
         ["Patchcore", "75.0", *[NONE] * 6],
     ]
-    assert not summary.note
+    assert summary.note == "Percentages, mean ± standard deviation over 1 to 2 seeds."
+
+
+def test_seeds_are_counted(tmp_path: Path) -> None:
+    """Under every table, in LaTeX's caption, too; one seed has no deviation; a seed without a result does not count."""
+    made = tables(ask(tmp_path, done=12))
+    assert {table.note for table in made.values()} == {"Percentages, mean ± standard deviation over 2 seeds."}
+    latex = results_table(read_results(tmp_path / "results.csv"), "latex")
+    assert r"\caption{MVTecAD, image AUROC. Percentages, mean $\pm$ standard deviation over 2 seeds}" in latex
+    assert "over 2 seeds." in results_table(read_results(tmp_path / "results.csv"))
+    (tmp_path / "one").mkdir()
+    assert {table.note[:22] for table in tables(ask(tmp_path / "one", done=3)).values()} == {"Percentages of 1 seed."}
 
 
 def test_a_table_per_metric(tmp_path: Path) -> None:
@@ -119,7 +130,7 @@ def test_a_category_that_failed_for_all_stays_in_the_count(tmp_path: Path) -> No
     summary, auroc = tables(path).values()
     assert summary.title == "MVTecAD, mean over 3 categories"
     assert [row[1] for row in summary.rows] == ["80.0*", "80.0*"]
-    assert summary.note.startswith("No result of b. LAKE, k_shot=1: 2 of 6 results are missing.")
+    assert summary.note.split("seeds. ")[1].startswith("No result of b. LAKE, k_shot=1: 2 of 6 results are missing.")
     assert auroc.rows[2] == ["b", NONE, NONE]
 
 
@@ -128,7 +139,7 @@ def test_a_corrected_config_asks_for_what_it_says_now(tmp_path: Path) -> None:
     ask(tmp_path, done=1, k_shots=(1,), categories=("a", "botle"))
     write_jobs(tmp_path, "other.yaml", {"x": {"seed": None, "model.class_path": "SPG", "data.class_path": "Visa"}})
     made = tables(ask(tmp_path, done=4, k_shots=(1,), categories=("a", "b")))
-    assert not made["MVTecAD, mean over 2 categories"].note
+    assert made["MVTecAD, mean over 2 categories"].note == "Percentages, mean ± standard deviation over 2 seeds."
     assert [row[:2] for row in made["Visa, all"].rows] == [["SPG", NONE]]
 
 
@@ -166,7 +177,7 @@ def test_products_in_folders_of_their_own(tmp_path: Path) -> None:
     rows = "0,LAKE,Folder,nut,good,,none,0.9\n0,LAKE,Folder,bolt,ok,masks/bolt,from_test,0.7\n"
     (summary, *_) = tables(write(tmp_path / "results.csv", rows, header)).values()
     assert [row[:2] for row in summary.rows] == [["LAKE", "80.0"]]
-    assert not summary.note
+    assert summary.note == "Percentages of 1 seed."
     rows += "0,LAKE,Folder,nut,good,,from_train,0.5\n0,LAKE,Folder,bolt,ok,masks/bolt,from_train,0.6\n"
     (summary, *_) = tables(write(tmp_path / "results.csv", rows, header)).values()
     assert [row[0] for row in summary.rows] == [
