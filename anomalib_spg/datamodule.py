@@ -20,6 +20,8 @@ from anomalib.data.utils import LabelName, TestSplitMode, ValSplitMode
 from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
 
+from .dataset_folders import categories_there, check_category, lacks_category, root_of, unmatched_masks
+
 logger = logging.getLogger(__name__)
 
 _OTHERS = tuple(f"anomalib.data.datamodules.{kind}" for kind in ("base", "depth", "video"))
@@ -46,7 +48,8 @@ class AuxiliaryTarget(AnomalibDataModule):
 
     Raises:
         ValueError: If a datamodule is unknown, an anomalous auxiliary image has no mask or one of another size, all of
-            their masks are empty, or there is no normal or no anomalous auxiliary image.
+            their masks are empty, there is no normal or no anomalous auxiliary image, or a dataset's folder lacks a
+            category while others are there.
 
     Example:
         >>> datamodule = AuxiliaryTarget(
@@ -85,6 +88,7 @@ class AuxiliaryTarget(AnomalibDataModule):
         if not categories:
             msg = "auxiliary_categories=[] names no category. Give one or several, or 'all'."
             raise ValueError(msg)
+        self._is_all = categories == ["all"]
         accepted = signature(datamodule_class(auxiliary)).parameters
         arguments = {"seed": seed, **(auxiliary_args or {})}
         if "val_split_mode" in accepted:
@@ -92,10 +96,10 @@ class AuxiliaryTarget(AnomalibDataModule):
         if "test_split_mode" in accepted:
             arguments.setdefault("test_split_mode", TestSplitMode.FROM_DIR)  # RealIAD's default drops the good images
         if "category" not in accepted:
-            self.auxiliary_categories = None
+            self.auxiliary_categories: list[str] | None = None
             self.auxiliaries = [build_datamodule(auxiliary, arguments)]
         else:
-            self.auxiliary_categories = _all_categories(auxiliary) if categories == ["all"] else list(categories)
+            self.auxiliary_categories = _all_categories(auxiliary) if self._is_all else list(categories)
             self.auxiliaries = [
                 build_datamodule(auxiliary, {**arguments, "category": category})
                 for category in self.auxiliary_categories
@@ -107,11 +111,30 @@ class AuxiliaryTarget(AnomalibDataModule):
         return self._name
 
     def prepare_data(self) -> None:
-        """Download and prepare both datasets if they are missing."""
+        """Download and prepare both datasets if they are missing.
+
+        Raises:
+            ValueError: If a dataset is there, but lacks a category.
+        """
+        self._check_categories()
         for datamodule in [*self.auxiliaries, self.target]:
             datamodule.prepare_data()
 
+    def _check_categories(self) -> None:
+        first = self.auxiliaries[0]
+        lacking = [datamodule.category for datamodule in self.auxiliaries if lacks_category(datamodule)]
+        if self._is_all and lacking:
+            msg = (
+                f"auxiliary_categories='all' are the {len(self.auxiliaries)} of {first.name}, but '{root_of(first)}' "
+                f"lacks {', '.join(lacking)}. auxiliary_categories takes a list, too: "
+                f"[{', '.join(categories_there(first))}]."
+            )
+            raise ValueError(msg)
+        for datamodule in [*self.auxiliaries, self.target]:
+            check_category(datamodule)
+
     def _setup(self, _stage: str | None = None) -> None:
+        self._check_categories()
         for datamodule in [*self.auxiliaries, self.target]:
             set_up(datamodule, seed=self.seed)
         self.train_data = _concatenate([evaluated_images(datamodule) for datamodule in self.auxiliaries])
@@ -184,6 +207,9 @@ def set_up(datamodule: AnomalibDataModule, stage: str | None = None, seed: int |
         stage (str | None): Stage of the trainer.
         seed (int | None): Seed of its random splits and drawn anomalies where it has none. ``None`` is the process's,
             ``torch.initial_seed``, whatever else was drawn before.
+
+    Raises:
+        ValueError: If masks or anomalous images are missing; names the first.
     """
     has_texts = int(pd.__version__.partition(".")[0]) >= 3
     own = datamodule.seed
@@ -196,7 +222,12 @@ def set_up(datamodule: AnomalibDataModule, stage: str | None = None, seed: int |
         torch.default_generator.manual_seed(datamodule.seed)
         np.random.seed(datamodule.seed % 2**32)  # noqa: NPY002  # anomalib draws from it
         random.seed(datamodule.seed)
-        datamodule.setup(stage)
+        try:
+            datamodule.setup(stage)
+        except Exception as exception:  # pandas' own, in no words of images
+            if not (msg := unmatched_masks(datamodule)):
+                raise
+            raise ValueError(msg) from exception
     datamodule.seed = own
 
 

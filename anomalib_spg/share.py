@@ -244,11 +244,14 @@ def _learned_on(trained_on: Any) -> str:  # noqa: ANN401  # whatever a file hold
     known = trained_on if isinstance(trained_on, dict) else {}
     names = " ".join(str(known[key]) for key in ("dataset", "category") if known.get(key))
     categories = known.get("categories") or ()
-    listed = categories if isinstance(categories, list | tuple) else [categories]
+    listed = ", ".join(map(str, categories if isinstance(categories, list | tuple) else [categories]))
+    auxiliary, to, _ = str(known.get("dataset")).partition("_to_")
+    if to and known.get("labels") == "labelled":  # AuxiliaryTarget's name and category are those of its target, too
+        names, listed = ": ".join(filter(None, [auxiliary, listed])), ""
     kind = {"labelled": "labelled by people", "synthetic": "all good, anomalies drawn on them"}
     images = [f"{known['images']} images"] if known.get("images") else []
     images += filter(None, [kind.get(str(known.get("labels")))])
-    return "; ".join(filter(None, [names, ", ".join(map(str, listed)), ", ".join(images)])) or "not recorded"
+    return "; ".join(filter(None, [names, listed, ", ".join(images)])) or "not recorded"
 
 
 def _on_the_hub(backbone: str) -> str | None:

@@ -60,10 +60,13 @@ from anomalib_spg.components.files import atomic_write
 from anomalib_spg.components.post_processor import GoodPartsPostProcessor
 from anomalib_spg.components.raw_scores import RawScorePostProcessor
 from anomalib_spg.datamodule import set_up
+from anomalib_spg.dataset_folders import check_category
 from anomalib_spg.settings import GuideSettings
 
+from .checks import check_names
 from .cluster import Cluster, Outcome, Task
-from .results import append_row, read_rows, versions, write_json
+from .contents import contents
+from .results import append_row, read_rows, versions, write_jobs, write_json
 from .tables import identify, read_results, results_table
 
 logger = logging.getLogger(__name__)
@@ -86,7 +89,8 @@ class BenchmarkJob(Job):
         output (Path): Folder of the results.
 
     Attributes:
-        key (str): Hash of all that; if the results have a row with this key, the job is done.
+        key (str): Hash of all that, and of the contents of files that the model's arguments name; if the results have
+            a row with this key, the job is done.
         guides (Path | None): Where SPG's guides are shared with other jobs; ``None`` for other models.
     """
 
@@ -96,10 +100,12 @@ class BenchmarkJob(Job):
         super().__init__()
         self.accelerator = accelerator
         self.config = config
-        self.flat = {"accelerator": accelerator, **flatten_dict(config)}
+        held = contents(config["model"])
+        self.flat = {"accelerator": accelerator, **flatten_dict(config), **held}
         self.key = _digest(self.flat)
         training = training_config(config)
-        self.guides = training and output / "guides" / f"{_digest([accelerator, training])}.safetensors"
+        learned_by = [accelerator, training, *filter(None, [held])]
+        self.guides = training and output / "guides" / f"{_digest(learned_by)}.safetensors"
 
     @hide_output
     def run(self, task_id: int | None = None) -> dict[str, Any]:
@@ -115,6 +121,7 @@ class BenchmarkJob(Job):
         start = time.time()
         seed_everything(self.config["seed"], workers=True)
         model, datamodule = self._build_model(), get_datamodule(self.config["data"])
+        check_category(getattr(datamodule, "target", datamodule))
         datamodule.prepare_data()
         set_up(datamodule, TrainerFn.FITTING, self.config["seed"])  # so that all models have the same splits
         trainer = self.config["model"].get("trainer", {})
@@ -246,6 +253,7 @@ class ResumingRunner(Runner):
         output = self.generator.output
         settings = {job.key: job.flat for job in jobs}
         write_json(output, self.configs, settings)  # an older run may have left none
+        write_jobs(output, ", ".join(self.configs), settings)
         done = {row["job"] for row in read_rows(output)}
         todo = [(job, name) for job, name in zip(jobs, names(jobs), strict=True) if job.key not in done]
         print(f"{len(jobs)} jobs, {len(jobs) - len(todo)} of them in {output / 'results.csv'} already", flush=True)
@@ -328,6 +336,7 @@ class Benchmark(Pipeline):
         runners = self._setup_runners({**config, **settings, "engine": args.engine, "workers": args.workers})
         try:
             configs = list(expand_all(config["benchmark"]))
+            check_names(configs)
         except ValueError as exception:
             msg = f"'{args.config}': {exception}"
             raise ValueError(msg) from exception
@@ -471,6 +480,8 @@ def _attempt(output: Path, task: Task) -> Outcome:
         return Outcome(task.job.run())
     except LoggerRedirectError as wrapped:
         error = wrapped.__cause__ or wrapped
+        while not str(error) and error.__cause__:  # anomalib raises some without a word
+            error = error.__cause__
         logger.exception("%s failed", task.name)
         return Outcome(error=f"FAILED after {time.time() - start:.1f} s: {type(error).__name__}: {error}")
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a benchmark leaves: ``results.csv``, and the same rows with typed values in ``results.json``.
+"""What a benchmark leaves: ``results.csv``, the same rows with typed values in ``results.json``, and ``jobs.json``.
 
-The CSV file is what an interrupted run goes on from. The JSON file is made of it after every job: ``rows``, whose
-columns ``versions.*`` say what computed them, and ``configs``, by file name, the configs they come from.
+The CSV file is what an interrupted run goes on from. ``results.json`` is made of it after every job: ``rows``, whose
+columns ``versions.*`` say what computed them, and ``configs``, by file name, the configs they come from. ``jobs.json``
+holds the jobs that each config asked for when it last ran, so that tables can tell what is missing.
 """
 
 import json
@@ -67,7 +68,7 @@ def append_row(output: Path, row: dict[str, Any], order: Sequence[str] = ()) -> 
         row (dict[str, Any]): Values by column, ``job`` among them.
         order (Sequence[str]): Jobs in the order their rows are to have, after those of other jobs. Defaults to none.
     """
-    texts = {name: "" if value is None else str(value) for name, value in row.items()}
+    texts = _texts(row)
     with _lock(output):
         rows = read_rows(output)
         if any(known["job"] == row["job"] for known in rows):
@@ -101,6 +102,52 @@ def write_json(output: Path, configs: dict[str, Any], settings: dict[str, dict[s
             whole = {"configs": {**earlier["configs"], **configs}, "rows": rows}
             with atomic_write(path) as temporary:
                 temporary.write_text(json.dumps(whole, indent=1, allow_nan=False, default=str), encoding="utf-8")
+
+
+def write_jobs(output: Path, config: str, settings: dict[str, dict[str, Any]]) -> None:
+    """Note in ``jobs.json`` what a config asks for, in the place of what it asked for before.
+
+    Args:
+        output (Path): Folder of the results.
+        config (str): Name of its file.
+        settings (dict[str, dict[str, Any]]): Settings of its jobs, by job and column.
+    """
+    texts = {job: _texts(values) for job, values in settings.items()}
+    with _lock(output):
+        whole = {**_read_jobs(output), config: texts}
+        with atomic_write(output / "jobs.json") as temporary:
+            temporary.write_text(json.dumps(whole, indent=1), encoding="utf-8")
+
+
+def read_jobs(output: Path) -> list[dict[str, str]]:
+    """Read which jobs were asked for.
+
+    Args:
+        output (Path): Folder of the results.
+
+    Returns:
+        list[dict[str, str]]: Settings as texts and ``job``, as in ``results.csv``; none if there is no ``jobs.json``.
+
+    Raises:
+        ValueError: If a benchmark of ours has not written that file.
+    """
+    return [{"job": job, **texts} for jobs in _read_jobs(output).values() for job, texts in jobs.items()]
+
+
+def _read_jobs(output: Path) -> dict[str, dict[str, dict[str, str]]]:
+    path = output / "jobs.json"
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if all(isinstance(texts, dict) for jobs in whole.values() for texts in jobs.values()):
+            return whole
+    except (AttributeError, ValueError):  # neither JSON of ours, nor JSON, nor text
+        pass
+    msg = f"'{path}' was not written by anomalib_spg.benchmark (it has no jobs by config). Move it elsewhere."
+    raise ValueError(msg)
+
+
+def _texts(values: dict[str, Any]) -> dict[str, str]:
+    return {name: "" if value is None else str(value) for name, value in values.items()}
 
 
 def _lock(output: Path) -> FileLock:

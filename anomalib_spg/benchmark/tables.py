@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from .results import read_jobs
+
 METRICS = {
     "image_AUROC": "image AUROC",
     "image_AveragePrecision": "image AP",
@@ -37,6 +39,8 @@ _NO_METHOD = {"class_path", "category", "name", "target", "root", "eval_batch_si
 # Settings that may belong to a product, in folders of its own: only two values for one product are two methods.
 _OF_PRODUCT = {"normal_dir", "abnormal_dir", "normal_test_dir", "mask_dir", "extensions", "json_path", "samples"}
 _OF_PRODUCT |= {f"{name}_split_{kind}" for name in ("normal", "test", "val") for kind in ("mode", "ratio")}
+_CONTENTS = "contents."  # before the name of an argument: the digest of the file that it names
+_SETTINGS = ("model.", "data.", _CONTENTS)
 _NONE = "\u2013"
 
 
@@ -53,16 +57,18 @@ def read_results(*paths: str | Path) -> pd.DataFrame:
     """Read results, and name the method of every row.
 
     Args:
-        *paths (str | Path): Files ``results.csv``.
+        *paths (str | Path): Files ``results.csv``; a ``jobs.json`` beside one says what was asked for.
 
     Returns:
-        pd.DataFrame: Columns ``dataset``, ``category``, ``method``, ``seed`` and the metrics, as shares of 1. Where the
-            same method, category and seed occur more than once, the last row counts.
+        pd.DataFrame: Columns ``dataset``, ``category``, ``method``, ``seed``, ``done`` and the metrics, as shares of 1.
+            Jobs that were asked for and have no result are rows that are not ``done``. Where the same method, category
+            and seed occur more than once, the last row counts.
 
     Raises:
         ValueError: If a file does not exist, is no result of a benchmark, or holds none of the metrics.
     """
-    parts = []
+    parts: list[pd.DataFrame] = []
+    waiting: list[pd.DataFrame] = []
     for path in paths:
         try:
             part = pd.read_csv(path, dtype=str, keep_default_na=False)  # a category may be called 01
@@ -78,12 +84,17 @@ def read_results(*paths: str | Path) -> pd.DataFrame:
         if not set(METRICS) & set(part):
             msg = f"'{path}' has none of the metrics {', '.join(METRICS)}. Run a benchmark with one of them."
             raise ValueError(msg)
-        parts.append(part)
-    frame = pd.concat(parts, ignore_index=True).fillna("")
+        done = set(part.get("job", ()))
+        asked = pd.DataFrame([job for job in read_jobs(Path(path).parent) if job["job"] not in done])
+        parts += [part.assign(done="done")]
+        waiting += [asked] if len(asked) else []
+    frame = pd.concat([*waiting, *parts], ignore_index=True).fillna("")  # of two with one name the last counts
     result = identify(frame)
+    result["done"] = frame["done"] == "done"
     for metric in METRICS:
         result[metric] = pd.to_numeric(frame.get(metric, ""), errors="coerce")
-    return result.drop_duplicates(["dataset", "category", "method", "seed"], keep="last").reset_index(drop=True)
+    result = result.drop_duplicates(["dataset", "category", "method", "seed"], keep="last")
+    return result.sort_values("done", ascending=False, kind="stable", ignore_index=True)
 
 
 def identify(frame: pd.DataFrame) -> pd.DataFrame:
@@ -94,7 +105,8 @@ def identify(frame: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         pd.DataFrame: Columns ``dataset``, ``category``, ``method`` and ``seed``. What says where a category's images
-            lie, and how they are split, names a method only where it differs within the category.
+            lie, and how they are split, names a method only where it differs within the category; the digest of a
+            file's contents, where one name had several contents.
 
     Example:
         >>> identify(pd.DataFrame({
@@ -119,7 +131,7 @@ def identify(frame: pd.DataFrame) -> pd.DataFrame:
         "method": frame["model.class_path"].str.split(".").str[-1] + (" from " + auxiliary).where(auxiliary != "", ""),
         "seed": frame[[name for name in _SEEDS if name in frame]].agg("/".join, axis=1).str.rstrip("/"),
     })
-    settings = [name for name in map(str, frame) if name == "accelerator" or name.startswith(("model.", "data."))]
+    settings = [name for name in map(str, frame) if name == "accelerator" or name.startswith(_SETTINGS)]
     settings = [name for name in settings if name.split(".")[-1] not in _NO_METHOD]
 
     def of_product(name: str, rows: pd.DataFrame) -> bool:
@@ -127,9 +139,15 @@ def identify(frame: pd.DataFrame) -> pd.DataFrame:
         values = frame[name].loc[rows.index].groupby(rows["category"]).nunique()
         return section == "data" and argument in _OF_PRODUCT and bool((values == 1).all())
 
+    def told_by_name(name: str, rows: pd.DataFrame) -> bool:
+        file, group = name.removeprefix(_CONTENTS), frame.loc[rows.index]
+        values = group[name].groupby(group[file]).nunique()
+        return name != file and bool((values == 1).all())
+
     for _, rows in result.groupby(["dataset", "method"]):
         group = frame.loc[rows.index, settings]
-        varying = [name for name in settings if len(group[name].unique()) > 1 and not of_product(name, rows)]
+        varying = [name for name in settings if len(group[name].unique()) > 1]
+        varying = [name for name in varying if not of_product(name, rows) and not told_by_name(name, rows)]
         for index in rows.index:
             shown = [f"{name.split('.')[-1]}={group[name][index]}" for name in varying if group[name][index]]
             result.loc[index, "method"] = ", ".join([result["method"][index], *shown])
@@ -154,26 +172,26 @@ def make_tables(results: pd.DataFrame) -> Iterator[Table]:
             for metric in METRICS
         }
         missing: set[tuple[str, str]] = set()
-        notes = []
+        absent = [str(category) for category in categories if not (rows["done"] & (rows["category"] == category)).any()]
+        notes = [f"No result of {', '.join(absent)}."] if absent else []
         for method, group in rows.groupby("method", sort=False):
             expected = len(categories) * len(group["seed"].unique())
-            if len(group) < expected:
+            done = group[group["done"]]
+            if len(done) < expected:
                 missing |= {(str(method), metric) for metric in METRICS}
-                notes.append(f"{method}: {expected - len(group)} of {expected} results are missing.")
+                notes.append(f"{method}: {expected - len(done)} of {expected} results are missing.")
             for metric, name in METRICS.items():
-                without = int(group[metric].isna().sum())  # an older run may have measured less
-                if 0 < without < len(group):
+                without = int(done[metric].isna().sum())  # an older run may have measured less
+                if 0 < without < len(done):
                     missing.add((str(method), metric))
-                    notes.append(f"{method}: {without} of {len(group)} results have no {name}.")
+                    notes.append(f"{method}: {without} of {len(done)} results have no {name}.")
         if notes:
             notes.append(
                 "Means with * are over the seeds that have every category, or else over the categories there are."
             )
-        note = " ".join(notes)
-        means = {
-            (method, metric): _mean_over_categories(grid) + ("*" if (method, metric) in missing else "")
-            for (method, metric), grid in grids.items()
-        }
+        note = " ".join([_seeds(rows[rows["done"]]), *notes])
+        means = {key: _mean_over_categories(grid) for key, grid in grids.items()}
+        means |= {key: f"{means[key]}*" for key in missing if means[key] != _NONE}
         count = f"mean over {len(categories)} categories" if len(categories) > 1 else str(categories[0])
         cells = [[method, *(means[method, metric] for metric in METRICS)] for method in methods]
         yield Table(f"{dataset}, {count}", ["method", *METRICS.values()], cells, note)
@@ -188,6 +206,15 @@ def make_tables(results: pd.DataFrame) -> Iterator[Table]:
             ]
             cells.append(["mean", *(means[method, metric] for method in methods)])
             yield Table(f"{dataset}, {name}", ["category", *methods], cells, note)
+
+
+def _seeds(done: pd.DataFrame) -> str:
+    """Say of how many seeds the values are; methods may differ."""
+    counts = sorted(set(done.groupby("method")["seed"].nunique())) or [0]
+    if counts[-1] < 2:  # one has no deviation
+        return f"Percentages of {counts[-1] or 'no'} seed."
+    several = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"Percentages, mean ± standard deviation over {several} seeds."
 
 
 def _mean_over_categories(grid: pd.DataFrame) -> str:

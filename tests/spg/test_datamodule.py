@@ -2,13 +2,17 @@
 
 """Labelled auxiliary data in, target data out, and what is refused."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from anomalib_spg import AuxiliaryTarget
+from anomalib_spg.dataset_folders import check_category
 from tests.helpers import make_mvtec, make_visa
+from tests.layouts import autovi, picture
 
 
 def build(mvtec: Path, visa: Path, **arguments) -> AuxiliaryTarget:
@@ -98,6 +102,106 @@ def test_anomalous_images_without_masks(tmp_path: Path, visa: Path) -> None:
     }
     with pytest.raises(ValueError, match=r"None of the 4 anomalous .* has a mask.*hole/000\.png.*a target only"):
         build(tmp_path, visa, auxiliary="Folder", auxiliary_args=folder).setup()
+
+
+def without_folder(category: Path) -> None:
+    """No folder of masks."""
+    shutil.rmtree(category / "ground_truth")
+
+
+def without_one(category: Path) -> None:
+    """A mask is missing."""
+    (category / "ground_truth/hole/002_mask.png").unlink()
+
+
+def without_images(category: Path) -> None:
+    """Masks, but nothing that they belong to."""
+    shutil.rmtree(category / "test/hole")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_folder, r"no masks in '.*/ground_truth' for 4 anomalous .*without one is '.*hole/000\.png'\. Add the"),
+        (without_one, r"3 masks in '.*/ground_truth' for 4 anomalous .*without one is '.*hole/002\.png'\. Add the"),
+        (without_images, r"4 masks in '.*' for no anomalous images .*without an image is '.*hole/000_mask\.png'\. Add"),
+    ],
+)
+def test_missing_masks(change: Callable[[Path], None], message: str, tmp_path: Path, visa: Path) -> None:
+    """anomalib fails with pandas' words about keys; the dataset, the category and the first file are named."""
+    change(make_mvtec(tmp_path, categories=("brick",)) / "brick")
+    with pytest.raises(ValueError, match=f"^MVTecAD brick: {message}"):
+        build(tmp_path, visa, auxiliary_categories="brick").setup()
+
+
+def test_missing_masks_of_visa(tmp_path: Path, mvtec: Path) -> None:
+    """In the copy that anomalib reads."""
+    shutil.rmtree(make_visa(tmp_path) / "visa_pytorch/gravel/ground_truth")
+    with pytest.raises(ValueError, match=r"^Visa gravel: no masks in '.*visa_pytorch.*' for 4 anom.*'.*/bad/.*\.JPG'"):
+        build(mvtec, tmp_path).setup()
+
+
+@pytest.fixture
+def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails where anomalib would download."""
+    for name in ("mvtecad", "visa", "autovi"):
+        module = f"anomalib.data.datamodules.image.{name}.download_and_extract"
+        monkeypatch.setattr(module, lambda *_, **__: pytest.fail("download"))
+
+
+@pytest.mark.usefixtures("no_download")
+@pytest.mark.parametrize("stage", ["prepare_data", "setup"])
+def test_misspelt_category(stage: str, mvtec: Path, visa: Path) -> None:
+    """Of either dataset: the folder, and what is there, before anything is downloaded."""
+    message = r"^MVTecAD: no folder '.*/grss' with images; there are brick, grass\. Correct the category or the root"
+    with pytest.raises(ValueError, match=message):
+        getattr(build(mvtec, visa, auxiliary_categories=["brick", "grss"]), stage)()
+    message = r"^Visa: no folder '.*/gravl' with images; there are gravel\."
+    with pytest.raises(ValueError, match=message):
+        getattr(build(mvtec, visa, target_args={"root": visa, "category": "gravl"}), stage)()
+
+
+@pytest.mark.usefixtures("no_download")
+@pytest.mark.parametrize("stage", ["prepare_data", "setup"])
+@pytest.mark.parametrize("layout", ["as distributed", "converted", "both"])
+def test_all_categories_of_an_incomplete_dataset(layout: str, stage: str, tmp_path: Path, mvtec: Path) -> None:
+    """VisA with two of its twelve, in whichever layout; empty folders, as anomalib makes them, are no categories."""
+    for category in ("candle", "pcb1"):
+        if layout != "converted":
+            picture(tmp_path / category / "Data/Images/Normal/0000.JPG")
+        if layout != "as distributed":
+            picture(tmp_path / "visa_pytorch" / category / "train/good/0000.JPG")
+            (tmp_path / "visa_pytorch/pcb2/train/good").mkdir(parents=True, exist_ok=True)
+    arguments = {"auxiliary_args": {"root": tmp_path}, "target": "MVTecAD", "auxiliary": "Visa"}
+    arguments["target_args"] = {"root": mvtec, "category": "brick"}
+    message = r"^auxiliary_categories='all' are the 12 of Visa, but '.*' lacks capsules, .*pcb2, .*pipe_fryum\. "
+    message += r"auxiliary_categories takes a list, too: \[candle, pcb1\]"
+    with pytest.raises(ValueError, match=message):
+        getattr(build(mvtec, mvtec, auxiliary_categories="all", **arguments), stage)()
+
+
+@pytest.mark.parametrize(
+    ("auxiliary", "root", "category"),
+    [
+        ("MVTecAD", "nowhere", "brick"),
+        ("MVTecAD", "empty", "brick"),
+        ("Kaputt", "data", "paper"),
+        ("AutoVI", "data", "tank_screw"),
+    ],
+)
+def test_what_anomalib_knows_better(auxiliary: str, root: str, category: str, tmp_path: Path, visa: Path) -> None:
+    """Datasets that are not there or laid out in another way, and AutoVI, of which it downloads one by one."""
+    (tmp_path / "empty").mkdir()
+    autovi(tmp_path / "data", "pipe_clip")
+    arguments = {"auxiliary_args": {"root": tmp_path / root}, "auxiliary_categories": category}
+    check_category(build(tmp_path, visa, auxiliary=auxiliary, **arguments).auxiliaries[0])
+
+
+def test_other_failures_stay_as_they_are(tmp_path: Path, visa: Path) -> None:
+    """A folder without any image is not said to lack masks."""
+    (tmp_path / "brick").mkdir()
+    with pytest.raises(RuntimeError, match="Found 0 images"):
+        build(tmp_path, visa, auxiliary_categories="brick").setup()
 
 
 def test_mask_of_another_size(tmp_path: Path, visa: Path) -> None:

@@ -101,6 +101,19 @@ def test_old_guides_say_less(files: tuple[Path, Path], tmp_path: Path) -> None:
         ({"images": 7, "labels": ["by", "hand"], "categories": "nut"}, "nut; 7 images"),
         ({"labels": "labelled", "categories": [1, 2]}, "1, 2; labelled by people"),
         ({"by": "me"}, "not recorded"),
+        (
+            {"dataset": "Visa_to_MVTecAD", "category": "bottle", "categories": ["candle", "pcb1"], "images": 22}
+            | {"labels": "labelled"},
+            "Visa: candle, pcb1; 22 images, labelled by people",
+        ),
+        (
+            {"dataset": "Folder_to_MVTecAD", "category": "bottle", "categories": None, "labels": "labelled"},
+            "Folder; labelled by people",
+        ),
+        (
+            {"dataset": "day_to_night", "category": "nut", "labels": "synthetic"},
+            "day_to_night nut; all good, anomalies drawn on them",
+        ),
     ],
 )
 def test_what_guides_were_learned_on_is_free_to_say(trained_on: dict, words: str, tmp_path: Path) -> None:

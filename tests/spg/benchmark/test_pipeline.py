@@ -5,6 +5,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,16 +24,18 @@ from anomalib.models.image.patchcore.torch_model import PatchcoreModel
 from anomalib.utils.logging import LoggerRedirectError
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
+from anomalib_spg.benchmark.cluster import Task
 from anomalib_spg.benchmark.pipeline import (
     Benchmark,
     BenchmarkJob,
     BenchmarkJobGenerator,
+    _attempt,
     expand,
     main,
 )
 from anomalib_spg.benchmark.results import append_row
 from anomalib_spg.benchmark.tables import METRICS
-from tests.helpers import REPOSITORY, fake_distribution
+from tests.helpers import REPOSITORY, fake_distribution, make_mvtec
 
 SPG = {"backbone": "vit_tiny_patch16_224", "pre_trained": False, "layers": [2], "image_size": 64}
 SPG |= {"num_atoms": 32, "k": 4, "sae_epochs": 1, "guide_epochs": 1}
@@ -434,6 +437,28 @@ def test_image_size_belongs_into_our_models_arguments(tmp_path: Path) -> None:
     job = BenchmarkJob("cpu", {"seed": 0, "model": model, "data": {"class_path": "MVTecAD"}}, tmp_path)
     with pytest.raises(ValueError, match="image_size=64 stands beside init_args, but SPG takes it in init_args"):
         job._build_model()
+
+
+def test_missing_masks_are_named(tmp_path: Path) -> None:
+    """Of anomalib's own datamodules, too, where its error is pandas'."""
+    shutil.rmtree(make_mvtec(tmp_path) / "brick/ground_truth")
+    data = {"class_path": "MVTecAD", "init_args": {"root": str(tmp_path), "category": "brick", **SMALL}}
+    model = {"class_path": "Patchcore", "init_args": PATCHCORE, "image_size": 64}
+    job = BenchmarkJob("cpu", {"seed": 0, "model": model, "data": data}, tmp_path)
+    error = _attempt(tmp_path, Task("[1/1]", "job", job)).error
+    assert "s: ValueError: MVTecAD brick: no masks in " in error
+    assert "000.png'. Add the masks" in error
+
+
+def test_misspelt_category_is_named(mvtec: Path, tmp_path: Path) -> None:
+    """Before anomalib downloads the dataset; also where FewShot draws from it."""
+    arguments = {"root": str(mvtec), "category": "botle"}
+    few = {"class_path": "FewShot", "init_args": {"target": "MVTecAD", "target_args": arguments}}
+    for data in ({"class_path": "MVTecAD", "init_args": arguments}, few):
+        model = {"class_path": "Patchcore", "init_args": PATCHCORE, "image_size": 64}
+        job = BenchmarkJob("cpu", {"seed": 0, "model": model, "data": data}, tmp_path)
+        error = _attempt(tmp_path, Task("[1/1]", "job", job)).error
+        assert f"MVTecAD: no folder '{mvtec / 'botle'}' with images; there are brick, grass." in error
 
 
 def test_trainer_arguments_of_a_model(mvtec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from anomalib_spg.benchmark.pipeline import Benchmark, BenchmarkJob, expand
-from anomalib_spg.benchmark.results import append_row, read_rows, write_json
+from anomalib_spg.benchmark.results import append_row, read_jobs, read_rows, write_json
 
 BLOCK = {
     "seed": 0,
@@ -106,6 +106,7 @@ def test_older_results_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     path.write_text(yaml.safe_dump({"accelerator": "cpu", "benchmark": BLOCK}))
     Benchmark().run(Benchmark.get_parser().parse_args(["--config", str(path), "--output", str(tmp_path)]))
     assert ran == [new.key]
+    assert [job["job"] for job in read_jobs(tmp_path)] == [done.key, new.key]
     first, second = read_rows(tmp_path)
     assert {name: first[name] for name in before} == before
     assert (first["pixel_F1Max"], second["pixel_F1Max"]) == ("", "0.5")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from anomalib_spg.benchmark.results import append_row, write_jobs
 from anomalib_spg.benchmark.tables import METRICS, Table, make_tables, read_results, results_table, to_latex
 
 HEADER = (
@@ -48,7 +49,18 @@ def test_means_and_deviations(tmp_path: Path) -> None:
         ["LAKE, k_shot=4", "95.0", *[NONE] * 5, "75.0"],
         ["Patchcore", "75.0", *[NONE] * 6],
     ]
-    assert not summary.note
+    assert summary.note == "Percentages, mean ± standard deviation over 1 to 2 seeds."
+
+
+def test_seeds_are_counted(tmp_path: Path) -> None:
+    """Under every table, in LaTeX's caption, too; one seed has no deviation; a seed without a result does not count."""
+    made = tables(ask(tmp_path, done=12))
+    assert {table.note for table in made.values()} == {"Percentages, mean ± standard deviation over 2 seeds."}
+    latex = results_table(read_results(tmp_path / "results.csv"), "latex")
+    assert r"\caption{MVTecAD, image AUROC. Percentages, mean $\pm$ standard deviation over 2 seeds}" in latex
+    assert "over 2 seeds." in results_table(read_results(tmp_path / "results.csv"))
+    (tmp_path / "one").mkdir()
+    assert {table.note[:22] for table in tables(ask(tmp_path / "one", done=3)).values()} == {"Percentages of 1 seed."}
 
 
 def test_a_table_per_metric(tmp_path: Path) -> None:
@@ -71,6 +83,64 @@ def test_missing_results_are_counted(tmp_path: Path) -> None:
     assert [row[1:3] for row in auroc.rows] == [["93.0 ± 4.2", NONE], ["80.0", "90.0"], ["85.0*", "90.0*"]]
     assert "LAKE, k_shot=1: 1 of 4 results are missing. LAKE, k_shot=4: 1 of 2 results are missing." in summary.note
     assert "Patchcore" not in summary.note
+
+
+def ask(
+    output: Path, done: int, k_shots: tuple[int, ...] = (1, 4), categories: tuple[str, ...] = ("a", "b", "c")
+) -> Path:
+    """Two seeds of all that in ``jobs.json``, and of the first jobs results."""
+    jobs = {
+        f"{k_shot} {seed} {category}": {
+            "seed": seed,
+            "model.class_path": "LAKE",
+            "model.init_args.k_shot": k_shot,
+            "data.class_path": "MVTecAD",
+            "data.init_args.category": category,
+        }
+        for k_shot in k_shots
+        for seed in (0, 1)
+        for category in categories
+    }
+    write_jobs(output, "table.yaml", jobs)
+    for job in list(jobs)[:done]:
+        append_row(output, {"job": job, **jobs[job], "image_AUROC": 0.9})
+    return output / "results.csv"
+
+
+def test_interrupted_results_are_counted_by_the_jobs_asked_for(tmp_path: Path) -> None:
+    """Five of twelve: the second seed lacks one category, the second method everything."""
+    summary, auroc = tables(ask(tmp_path, done=5)).values()
+    assert [row[:2] for row in summary.rows] == [["LAKE, k_shot=1", "90.0*"], ["LAKE, k_shot=4", NONE]]
+    note = "LAKE, k_shot=1: 1 of 6 results are missing. LAKE, k_shot=4: 6 of 6 results are missing."
+    assert note in summary.note
+    assert note in auroc.note
+    assert r"LAKE, k\_shot=4: 6 of 6 results are missing" in results_table(
+        read_results(tmp_path / "results.csv"), "latex"
+    )
+
+
+def test_a_category_that_failed_for_all_stays_in_the_count(tmp_path: Path) -> None:
+    """Named, and the means over the others marked."""
+    path = ask(tmp_path, done=0)
+    for k_shot, seed, category in ((k, s, c) for k in (1, 4) for s in (0, 1) for c in "ac"):
+        job = f"{k_shot} {seed} {category}"
+        settings = {"seed": seed, "model.class_path": "LAKE", "model.init_args.k_shot": k_shot}
+        settings |= {"data.class_path": "MVTecAD", "data.init_args.category": category}
+        append_row(tmp_path, {"job": job, **settings, "image_AUROC": 0.8})
+    summary, auroc = tables(path).values()
+    assert summary.title == "MVTecAD, mean over 3 categories"
+    assert [row[1] for row in summary.rows] == ["80.0*", "80.0*"]
+    assert summary.note.split("seeds. ")[1].startswith("No result of b. LAKE, k_shot=1: 2 of 6 results are missing.")
+    assert auroc.rows[2] == ["b", NONE, NONE]
+
+
+def test_a_corrected_config_asks_for_what_it_says_now(tmp_path: Path) -> None:
+    """Its former jobs, say of a misspelt category, are not missing any more; those of other configs stay."""
+    ask(tmp_path, done=1, k_shots=(1,), categories=("a", "botle"))
+    write_jobs(tmp_path, "other.yaml", {"x": {"seed": None, "model.class_path": "SPG", "data.class_path": "Visa"}})
+    made = tables(ask(tmp_path, done=4, k_shots=(1,), categories=("a", "b")))
+    assert made["MVTecAD, mean over 2 categories"].note == "Percentages, mean ± standard deviation over 2 seeds."
+    assert [row[:2] for row in made["Visa, all"].rows] == [["SPG", NONE]]
 
 
 def test_metrics_that_older_rows_lack_are_counted(tmp_path: Path) -> None:
@@ -107,7 +177,7 @@ def test_products_in_folders_of_their_own(tmp_path: Path) -> None:
     rows = "0,LAKE,Folder,nut,good,,none,0.9\n0,LAKE,Folder,bolt,ok,masks/bolt,from_test,0.7\n"
     (summary, *_) = tables(write(tmp_path / "results.csv", rows, header)).values()
     assert [row[:2] for row in summary.rows] == [["LAKE", "80.0"]]
-    assert not summary.note
+    assert summary.note == "Percentages of 1 seed."
     rows += "0,LAKE,Folder,nut,good,,from_train,0.5\n0,LAKE,Folder,bolt,ok,masks/bolt,from_train,0.6\n"
     (summary, *_) = tables(write(tmp_path / "results.csv", rows, header)).values()
     assert [row[0] for row in summary.rows] == [
@@ -177,6 +247,14 @@ def test_what_is_no_result_is_named(content: str | None, message: str, tmp_path:
     with pytest.raises(ValueError, match=message) as error:
         read_results(path)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"table.yaml": {"job": 1}}', '{"table.yaml": [1]}'])
+def test_jobs_of_something_else(content: str, tmp_path: Path) -> None:
+    """A file of that name that is not ours is named."""
+    (tmp_path / "jobs.json").write_text(content)
+    with pytest.raises(ValueError, match=r"jobs\.json' was not written by anomalib_spg\.benchmark"):
+        read_results(write(tmp_path / "results.csv"))
 
 
 @pytest.mark.command
