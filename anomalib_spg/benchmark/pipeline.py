@@ -31,7 +31,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -47,7 +47,6 @@ from anomalib.engine import Engine
 from anomalib.models import AnomalibModule, get_model
 from anomalib.pipelines.components import Job, JobGenerator
 from anomalib.pipelines.components.base import Pipeline, Runner
-from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
 from anomalib.utils.config import flatten_dict
 from anomalib.utils.logging import LoggerRedirectError, hide_output
 from jsonargparse import ArgumentParser, Namespace
@@ -66,6 +65,7 @@ from anomalib_spg.settings import GuideSettings
 from .checks import check_names
 from .cluster import Cluster, Outcome, Task
 from .contents import contents
+from .grids import expand_all
 from .results import append_row, read_rows, versions, write_jobs, write_json
 from .tables import identify, read_results, results_table
 
@@ -369,70 +369,6 @@ class Benchmark(Pipeline):
             "--workers", type=int | None, help="With Ray on this machine: jobs at the same time; default: one per GPU."
         )
         return parser
-
-
-def expand_all(section: Any) -> Iterator[dict[str, Any]]:  # noqa: ANN401  # whatever a file holds
-    """Go through all combinations of the section ``benchmark`` of a config.
-
-    Args:
-        section (Any): A block, or a list of blocks; ``None`` is none.
-
-    Yields:
-        dict[str, Any]: One combination, see :func:`expand`.
-
-    Raises:
-        ValueError: If a block or one of its sections is not what it should be.
-    """
-    for block in section if isinstance(section, list) else [section] if section else []:
-        for config in expand(block):
-            yield {**config, **{name: _named_class(name, config.get(name)) for name in ("model", "data")}}
-
-
-def _named_class(name: str, section: Any) -> dict[str, Any]:  # noqa: ANN401  # whatever a file holds
-    """A section with a ``class_path``, without arguments that were left empty."""
-    if not isinstance(section, dict) or not isinstance(section.get("class_path"), str):
-        msg = f"{name}: {section!r} names no class. Give it a class_path, and its arguments as init_args."
-        raise ValueError(msg)  # noqa: TRY004  # what a file says
-    empty = [part for part in ("init_args", "trainer") if part in section and section[part] is None]
-    for part in ("init_args", "trainer"):
-        if not isinstance(section.get(part) or {}, dict):
-            msg = f"{name}: {part} is {section[part]!r}. Give arguments by name, or leave it out if there are none."
-            raise ValueError(msg)  # noqa: TRY004  # what a file says
-    return {part: value for part, value in section.items() if part not in empty}
-
-
-def expand(block: Any) -> Iterator[dict[str, Any]]:  # noqa: ANN401  # whatever a file holds
-    """Go through all combinations of a block's grids, nested ones too.
-
-    Args:
-        block (Any): ``seed``, ``model`` and ``data``, each with or without grids.
-
-    Yields:
-        dict[str, Any]: One combination, without grids.
-
-    Raises:
-        ValueError: If it is no such block, or one of the three is missing.
-
-    Example:
-        >>> models = [{"class_path": "SPG"}, {"class_path": "LAKE", "init_args": {"k_shot": {"grid": [1, 4]}}}]
-        >>> for config in expand({"seed": 0, "model": {"grid": models}, "data": {"class_path": "Visa"}}):
-        ...     print(config["model"])
-        {'class_path': 'SPG'}
-        {'class_path': 'LAKE', 'init_args': {'k_shot': 1}}
-        {'class_path': 'LAKE', 'init_args': {'k_shot': 4}}
-    """
-    if not isinstance(block, dict):
-        msg = f"A block of the section benchmark is {block!r}, and must have seed, model and data."
-        raise ValueError(msg)  # noqa: TRY004  # what a file says
-    missing = [name for name in ("seed", "model", "data") if name not in block]
-    if missing:
-        msg = f"A block of the section benchmark lacks {' and '.join(missing)}; it has {', '.join(block) or 'nothing'}."
-        raise ValueError(msg)
-    for config in get_iterator_from_grid_dict(block):
-        if any(name == "grid" for key in flatten_dict(config) for name in key.split(".")):
-            yield from expand(config)
-        else:
-            yield config
 
 
 def training_config(config: dict[str, Any]) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ import yaml
 from anomalib import TaskType
 
 from anomalib_spg import AuxiliaryTarget, FewShot
-from anomalib_spg.benchmark.pipeline import expand
+from anomalib_spg.benchmark.grids import expand
 from tests.helpers import REPOSITORY
 from tests.layouts import LAYOUTS, read_parquet
 

@@ -13,7 +13,8 @@ from anomalib.models.image.padim.lightning_model import Padim
 
 from anomalib_spg import AuxiliaryTarget, FewShot
 from anomalib_spg.benchmark.checks import check_names
-from anomalib_spg.benchmark.pipeline import Benchmark, BenchmarkJob, expand_all, main
+from anomalib_spg.benchmark.grids import expand_all
+from anomalib_spg.benchmark.pipeline import Benchmark, BenchmarkJob, main
 from tests.helpers import REPOSITORY
 
 

@@ -25,12 +25,12 @@ from anomalib.utils.logging import LoggerRedirectError
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from anomalib_spg.benchmark.cluster import Task
+from anomalib_spg.benchmark.grids import expand
 from anomalib_spg.benchmark.pipeline import (
     Benchmark,
     BenchmarkJob,
     BenchmarkJobGenerator,
     _attempt,
-    expand,
     main,
 )
 from anomalib_spg.benchmark.results import append_row
@@ -355,6 +355,30 @@ def block(**sections: Any) -> dict[str, Any]:
         (
             {"accelerator": "cpu", "benchmark": block(model={"class_path": "SPG", "init_args": [1]})},
             r"model: init_args is \[1\]\. Give arguments by name",
+        ),
+        (
+            {"accelerator": "cpu", "benchmark": block(model={"grid": []})},
+            r"'table\.yaml': model\.grid is an empty list",
+        ),
+        (
+            {"accelerator": "cpu", "benchmark": [block(), block(seed={"grid": []})]},
+            r"seed\.grid is an empty list\. Give it values, or leave it out",
+        ),
+        (
+            {"accelerator": "cpu", "benchmark": block(model={"class_path": "LAKE", "init_args": {"k_shot": []}})},
+            r"model\.init_args\.k_shot is an empty list",
+        ),
+        (
+            {"accelerator": "cpu", "benchmark": block(model={"grid": [{"init_args": {"k_shot": {"grid": []}}}]})},
+            r"model\.grid\.init_args\.k_shot\.grid is an empty list",
+        ),
+        (
+            {"accelerator": "cpu", "benchmark": block(data={"init_args": {"grid": {"k_shot": [1]}}})},
+            r"data\.init_args\.grid: {'k_shot': \[1\]} is no list",
+        ),
+        (
+            {"accelerator": "cpu", "benchmark": block(data={"init_args": {"category": {"gird": ["a", "b"]}}})},
+            r"data\.init_args\.category\.gird: did you mean grid\?",
         ),
         ("accelerator: [", r"'table\.yaml' is no YAML: while parsing"),
     ],

@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from anomalib_spg.benchmark.pipeline import Benchmark, BenchmarkJob, expand
+from anomalib_spg.benchmark.grids import expand
+from anomalib_spg.benchmark.pipeline import Benchmark, BenchmarkJob
 from anomalib_spg.benchmark.results import append_row, read_jobs, read_rows, write_json
 
 BLOCK = {
