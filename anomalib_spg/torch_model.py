@@ -292,7 +292,8 @@ class SPGModel(nn.Module):
             missing = "normal" if has_anomalous else "anomalous (with a mask)"
             msg = (
                 f"SPG learns from normal and anomalous images; none of the {len(store)} stored ones is {missing}. "
-                "Give more images, or more views of them: whether an anomaly is drawn on one is left to chance."
+                "Give more images, or more views of them: whether an anomaly is drawn on one is left to chance, and "
+                "nothing shows on images of a single colour."
             )
             raise ValueError(msg)
         marked = any(bool(mask.any()) for mask, label in zip(store.masks, store.labels, strict=True) if label)

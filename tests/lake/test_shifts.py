@@ -140,3 +140,11 @@ def test_memory() -> None:
     assert build(num_shifts=3).memory_need(14) > build(num_shifts=2).memory_need(14) > build().memory_need(14)
     assert build(num_shifts=2, bank_size=50).memory_need(40) == build(num_shifts=2, bank_size=50).memory_need(4000)
     assert LAKEModel("vit_tiny_patch16_224", pre_trained=False).num_copies == 3
+
+
+def test_images_that_are_the_same() -> None:
+    """No scale can be told from them, whatever their copies show."""
+    model = build(num_shifts=2)
+    model.train()(torch.randn(1, 3, 64, 64).expand(3, -1, -1, -1))
+    with pytest.raises(ValueError, match="copies of each other"):
+        model.fit()
