@@ -26,7 +26,7 @@ from anomalib_spg.components.module_list import ModuleList
 from anomalib_spg.components.own_image import kept_patches
 from anomalib_spg.components.precision import full_precision
 
-from .bank import NormalityBank, average_neighbors, join, reference_images, stride_of
+from .bank import NormalityBank, average_neighbors, reference_images, stride_of
 from .neurons import Normalization, Selection, SensitiveNeurons
 from .own_image import OwnImage
 from .rotations import rotate, shown_patches
@@ -39,6 +39,8 @@ Copies = tuple[torch.Tensor, torch.Tensor]
 View = tuple[Callable[[torch.Tensor], torch.Tensor], Callable[..., tuple[torch.Tensor, torch.Tensor]]]
 # Copies that the backbone takes at a time.
 BATCH = 8
+# Most normal images of which shifted copies go into the bank (ours): more of them fill it, and copies make it coarser.
+FEW = 5
 # Normal images whose tokens are kept in full, to choose the neurons by; in the end each is compared with the others.
 SAMPLE = 32
 DEFAULT_BACKBONE = "vit_large_patch14_clip_quickgelu_336.openai"
@@ -92,9 +94,9 @@ class LAKEModel(nn.Module):
             more help where good parts vary more than the images show, and forget the one that is taken alike.
         num_rotations (int): Directions in which each normal image goes into the bank: 8 takes it as it is and rotated
             by 45, 90, ... degrees, for parts that may lie in any direction. Defaults to 1 (ours), as it is only.
-        num_shifts (int): Places on the grid of patches, along height and along width, at which each of the first 32
+        num_shifts (int): Places on the grid of patches, along height and along width, at which each of two to five
             normal images goes into the bank: 2 takes it as it is and shifted by half a patch down, right, and both. Not
-            where there is one image only, nor beside rotated copies. Defaults to 2 (ours); 1 takes it as it is (paper).
+            with one image or over five, nor beside rotated copies. Defaults to 2 (ours); 1 takes it as it is (paper).
         own_weight (float): Weight of a patch's distance to the rest of its own image beside that to the bank, in
             [0, 1]. Defaults to 0.3 (ours); 0 compares with the bank alone (paper).
         top_patches (int): Highest patches whose mean is the image's score. Defaults to 3 (ours); 1 takes the maximum
@@ -429,9 +431,10 @@ class LAKEModel(nn.Module):
         tokens, grid = self.tokens(images)
         if self.num_copies:
             start = self.num_stored
-            copied = images if self.num_rotations > 1 else images[: max(SAMPLE - start, 0)]
-            self._uncopied |= {number: (image, self.pixel_aspect) for number, image in enumerate(copied, start)}
+            self._uncopied |= {number: (image, self.pixel_aspect) for number, image in enumerate(images, start)}
         self.store(tokens, grid, (images.shape[-2], images.shape[-1]))
+        if self.num_rotations == 1 and self.num_stored > FEW:
+            self._uncopied = {}
         for number in [number for number in self._uncopied if self._references and number not in self._references]:
             self._add_copies(number, self.copies(*self._uncopied.pop(number)))
         return tokens[self.layers[-1]]
@@ -476,8 +479,7 @@ class LAKEModel(nn.Module):
         generator = torch.Generator().manual_seed(torch.initial_seed())
         images = sum(map(len, self._stored[0]))
         self._references = reference_images(images)
-        later = {*self._references, *(self._uncopied if self.num_rotations == 1 else [])}  # with their copies
-        others = [number for number in range(images) if number not in later]
+        others = [number for number in range(images) if number not in self._references]
         with full_precision(self.text_embeddings.device):
             for number, neurons in enumerate(self.neurons):
                 tokens = torch.cat(self._stored[number])
@@ -545,17 +547,11 @@ class LAKEModel(nn.Module):
 
     @torch.no_grad()
     def _add_copies(self, number: int, copies: list[list[Copies]]) -> None:
-        """Take copies of an image into the banks; shifted ones with the image itself, as many tokens as it has."""
+        """Take rotated copies of an image into the banks, which hold the image already."""
         with full_precision(self.text_embeddings.device):
-            for layer, (neurons, banks) in enumerate(zip(self.neurons, self.banks, strict=True)):
-                for scale, bank, of_copies in zip(self.scales, banks, copies[layer], strict=True):
-                    if self.num_rotations > 1:
-                        bank.add_image(*of_copies, number)
-                        continue
-                    projected = self._projected[layer][number : number + 1]
-                    image = neurons.normalize(average_neighbors(projected, self._grid, scale))[0]
-                    kept = kept_patches(self._grid, stride_of(scale), image.device)
-                    bank.add_image(*join((image[kept], kept), of_copies, len(kept)), number)
+            for banks, by_scale in zip(self.banks, copies, strict=True):
+                for bank, (tokens, patches) in zip(banks, by_scale, strict=True):
+                    bank.add_image(tokens, patches, number)
 
     def _load_checkpoint(self) -> dict[str, torch.Tensor]:
         """Read the OpenCLIP checkpoint once: give its vision part to the backbone, and return the rest."""
@@ -604,7 +600,7 @@ class LAKEModel(nn.Module):
             if not self._references:
                 self._choose_neurons()
             copies: list[list[list[Copies]]] = []
-            if self.num_rotations > 1 or (self.num_shifts > 1 and self.num_stored > 1):
+            if self.num_rotations > 1 or (self.num_shifts > 1 and 1 < self.num_stored <= FEW):
                 if not self._uncopied.keys() >= set(self._references):
                     name = "num_rotations" if self.num_rotations > 1 else "num_shifts"
                     msg = (

@@ -22,7 +22,7 @@ def build(**arguments: object) -> LAKEModel:
     given = {"layers": [5], "scales": [1], "num_neurons": 20, "bank_size": None, "own_weight": 0, "top_patches": 1}
     given["num_shifts"] = 1
     torch.manual_seed(0)
-    return LAKEModel(TINY, pre_trained=False, image_size=(64, 64), **{**given, **arguments})
+    return LAKEModel(TINY, **{"pre_trained": False, "image_size": (64, 64), **given, **arguments})
 
 
 @pytest.mark.parametrize("quarters", [1, 2, 3])

@@ -7,7 +7,6 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_lake import LAKEModel
-from anomalib_lake import torch_model as module
 from anomalib_lake.bank import k_center_greedy
 from anomalib_lake.shifts import shift, shifted_patches, shifts
 from tests.lake.test_rotations import build
@@ -99,28 +98,21 @@ def test_no_copies(rotations: int) -> None:
     assert torch.equal(*states)
 
 
-@pytest.mark.parametrize("batches", [[14], [1] * 14, [9, 2, 3], [10, 4]])
-def test_batches_do_not_matter(batches: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """However the images come, the first ones have copies, the others none; so it is when they are learned again."""
-    monkeypatch.setattr(module, "SAMPLE", 10)
-    images = torch.randn(14, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    model = build(num_shifts=2, scales=[1, 3])
-    states = []
-    for parts in (batches, [5, 9]):
-        for part in images.split(parts):
+@pytest.mark.parametrize("count", [4, 5, 6, 40])
+def test_few_images_only(count: int) -> None:
+    """However they come; of more than five none has copies, since the images themselves fill the bank."""
+    images = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    tokens = {}
+    for shifts_, size in ((2, count), (2, 1), (1, count)):
+        model = build(num_shifts=shifts_, image_size=(32, 32))
+        for part in images.split(size):
             model.train()(part)
         model.fit()
-        order = model.banks[0][1].image_indices.argsort(stable=True)
-        states.append(model.banks[0][1].tokens[order])
-    torch.testing.assert_close(states[0], states[1], atol=1e-5, rtol=1e-4)
-    assert model.banks[0][0].image_indices.bincount().tolist() == [16] * 14
-    assert model.banks[0][1].image_indices.bincount().tolist() == [4] * 14
-    plain = build(num_shifts=1)
-    plain.train()(images)
-    plain.fit()
-    for number in range(14):
-        both = [bank.tokens[bank.image_indices == number] for bank in (model.banks[0][0], plain.banks[0][0])]
-        assert torch.allclose(*both, atol=1e-4) == (number >= 10)
+        bank = model.banks[0][0]
+        assert bank.image_indices.bincount().tolist() == [4] * count
+        tokens[shifts_, size] = bank.tokens[bank.image_indices.argsort(stable=True)]
+    torch.testing.assert_close(tokens[2, count], tokens[2, 1], atol=1e-5, rtol=1e-4)
+    assert torch.allclose(tokens[2, count], tokens[1, count], atol=1e-4) == (count > 5)
 
 
 def test_what_is_refused() -> None:
