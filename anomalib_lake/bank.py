@@ -144,7 +144,7 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
         images = [(image, kept) for image in tokens[:, kept]]
         if copies is not None:
             most = times * len(kept) if self.size is None else min(times * len(kept), -(-self.size // len(images)))
-            images = [join(image, of_image, most) for image, of_image in zip(images, copies, strict=True)]
+            images = [_join(image, of_image, most) for image, of_image in zip(images, copies, strict=True)]
         distances = self._leave_one_out(tokens, grid, kept, [rows for rows, _ in images])
         self.distance_scale = distances.quantile(QUANTILE)
         # An image and its copies that are thinned may lack the very patches of another one that is the same.
@@ -249,24 +249,10 @@ def stride_of(scale: int) -> int:
     return scale // 2 + 1
 
 
-def join(
+def _join(
     image: tuple[torch.Tensor, torch.Tensor], copies: tuple[torch.Tensor, torch.Tensor], most: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Thin an image and its copies to so many tokens, by k-center greedy.
-
-    Args:
-        image (tuple[torch.Tensor, torch.Tensor]): Its tokens ``(N, K)`` and their patches ``(N,)``.
-        copies (tuple[torch.Tensor, torch.Tensor]): Those of its copies ``(M, K)`` and the patches that they show.
-        most (int): Tokens that are kept.
-
-    Returns:
-        tuple[torch.Tensor, torch.Tensor]: Tokens and patches of both.
-
-    Example:
-        >>> image = torch.tensor([[0.0], [1.0]]), torch.tensor([0, 1])
-        >>> join(image, (torch.tensor([[0.5], [9.0]]), torch.tensor([0, 1])), most=2)[0].flatten().tolist()
-        [0.0, 9.0]
-    """
+    """Tokens of an image and its copies, and their patches, thinned to so many."""
     tokens, patches = (torch.cat(values) for values in zip(image, copies, strict=True))
     if len(tokens) > most:
         chosen, _ = k_center_greedy(tokens, most)

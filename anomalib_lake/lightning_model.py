@@ -357,7 +357,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             self._finish_extension(self._extension)
             return
         name = self.class_name or getattr(getattr(self.trainer, "datamodule", None), "category", None) or "object"
-        with self.trainer.precision_plugin.forward_context():  # rotated copies pass the backbone as the images have
+        with self.trainer.precision_plugin.forward_context():  # copies pass the backbone as the images have
             left_out = self.model.fit(str(name))
         scores = left_out.pred_score
         if isinstance(self.post_processor, GoodPartsPostProcessor) and scores is not None:

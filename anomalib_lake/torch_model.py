@@ -261,10 +261,23 @@ class LAKEModel(nn.Module):
         self._grid: tuple[int, int] = (0, 0)
         self._size: tuple[int, int] = (0, 0)
 
-    @property
-    def num_copies(self) -> int:
-        """Copies of a normal image that go into the bank beside it, of those that have any."""
-        return self.num_rotations - 1 if self.num_rotations > 1 else self.num_shifts**2 - 1
+    def num_copies(self, images: int) -> int:
+        """Copies of each normal image that go into the bank beside it.
+
+        Args:
+            images (int): Normal images.
+
+        Returns:
+            int: Their number for each.
+
+        Example:
+            >>> model = LAKEModel("vit_tiny_patch16_224", layers=[5], pre_trained=False, num_neurons=20)
+            >>> [model.num_copies(images) for images in (1, 2, 5, 6)]
+            [0, 3, 3, 0]
+        """
+        if self.num_rotations > 1:
+            return self.num_rotations - 1
+        return self.num_shifts**2 - 1 if 1 < images <= FEW else 0
 
     def memory_need(self, images: int) -> int:
         """Memory that learning takes beside the backbone: what is kept, and as much again while it is worked on.
@@ -285,9 +298,10 @@ class LAKEModel(nn.Module):
         kept = width if self.neurons[0].selection == "all" else self.neurons[0].count
         blocks = len(self.layers) + (self.text_weight > 0) + 1  # one more while they are put together
         values = min(images, SAMPLE) * rows * columns * (width * blocks + kept * len(self.layers))
-        if self.num_copies:  # images that wait for the neurons; copies of the reference images, at all scales
+        copies = self.num_copies(images)
+        if copies:  # images that wait for the neurons; copies of the reference images, at all scales
             values += min(images, SAMPLE) * 3 * math.prod(self.backbone.image_size)
-            views = len(reference_images(images)) * (1 + self.num_copies)
+            views = len(reference_images(images)) * (1 + copies)
             values += len(self.layers) * sum(
                 views * rows * columns // stride_of(scale) ** 2 * kept for scale in self.scales
             )
@@ -429,11 +443,11 @@ class LAKEModel(nn.Module):
         if self.text_weight > 0 and not self.backbone.has_weights:
             self._checkpoint = self._load_checkpoint()
         tokens, grid = self.tokens(images)
-        if self.num_copies:
-            start = self.num_stored
+        start = self.num_stored
+        if self.num_rotations > 1 or start < FEW:
             self._uncopied |= {number: (image, self.pixel_aspect) for number, image in enumerate(images, start)}
         self.store(tokens, grid, (images.shape[-2], images.shape[-1]))
-        if self.num_rotations == 1 and self.num_stored > FEW:
+        if self.num_stored > 1 and not self.num_copies(self.num_stored):  # nor will there be with more of them
             self._uncopied = {}
         for number in [number for number in self._uncopied if self._references and number not in self._references]:
             self._add_copies(number, self.copies(*self._uncopied.pop(number)))
@@ -600,7 +614,7 @@ class LAKEModel(nn.Module):
             if not self._references:
                 self._choose_neurons()
             copies: list[list[list[Copies]]] = []
-            if self.num_rotations > 1 or (self.num_shifts > 1 and 1 < self.num_stored <= FEW):
+            if self.num_copies(self.num_stored):
                 if not self._uncopied.keys() >= set(self._references):
                     name = "num_rotations" if self.num_rotations > 1 else "num_shifts"
                     msg = (

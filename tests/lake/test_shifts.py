@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_lake import LAKEModel
 from anomalib_lake.bank import k_center_greedy
 from anomalib_lake.shifts import shift, shifted_patches, shifts
 from tests.lake.test_rotations import build
@@ -128,10 +127,9 @@ def test_what_is_refused() -> None:
 
 
 def test_memory() -> None:
-    """Copies are in what is said before they are made."""
-    assert build(num_shifts=3).memory_need(14) > build(num_shifts=2).memory_need(14) > build().memory_need(14)
-    assert build(num_shifts=2, bank_size=50).memory_need(40) == build(num_shifts=2, bank_size=50).memory_need(4000)
-    assert LAKEModel("vit_tiny_patch16_224", pre_trained=False).num_copies == 3
+    """Copies are in what is said before they are made, where there are any."""
+    assert build(num_shifts=3).memory_need(4) > build(num_shifts=2).memory_need(4) > build().memory_need(4)
+    assert build(num_shifts=2).memory_need(6) == build().memory_need(6)
 
 
 def test_images_that_are_the_same() -> None:
