@@ -19,6 +19,9 @@ SHAPES = ("blob", "ellipse", "scratch", "speckle", "perlin")
 CONTENTS = ("foreign", "paste", "smear", "grain", "tone", "contrast")
 # Share of the images' range that is no change.
 UNCHANGED = 1e-6
+# Least deviation that contents take their levels from, as a share of the images' range: an image of a single colour has
+# none of its own.
+LEAST_STD = 0.02
 
 
 class AnomalySynthesizer:
@@ -86,6 +89,7 @@ class AnomalySynthesizer:
             what has changed; nothing has where an anomaly is as white as what it is drawn on.
         """
         low, high = images.amin(), images.amax()
+        least_std = LEAST_STD * (images.amax(dim=(0, 2, 3)) - images.amin(dim=(0, 2, 3)))  # by channel
         drawn, masks = [], []
         for index, image in enumerate(images):
             mask = torch.zeros(image.shape[-2:], dtype=torch.bool, device=image.device)
@@ -93,7 +97,7 @@ class AnomalySynthesizer:
                 other = int(torch.randint(len(images), ()))
                 foreign = images[other] if other != index else image.flip(-1)
                 for _ in range(torch.randint(1, self.max_anomalies + 1, ())):
-                    image, new = self._draw(image, foreign)  # noqa: PLW2901
+                    image, new = self._draw(image, foreign, least_std)  # noqa: PLW2901
                     mask |= new
             drawn.append(image)
             masks.append(mask)
@@ -102,10 +106,12 @@ class AnomalySynthesizer:
         changed = (result - images).abs().amax(dim=1) > UNCHANGED * torch.maximum(high - low, high.abs())
         return result, torch.stack(masks) & changed
 
-    def _draw(self, image: torch.Tensor, foreign: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _draw(
+        self, image: torch.Tensor, foreign: torch.Tensor, least_std: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         height, width = image.shape[-2:]
         mask = _shape(_choose(self.shapes), height, width, self.size).to(image.device)
-        content = _content(_choose(self.contents), image, foreign, mask)
+        content = _content(_choose(self.contents), image, foreign, mask, least_std)
         # A soft edge, so that the outline alone does not give the anomaly away.
         alpha = gaussian_blur(mask.float()[None], [13, 13], [_uniform(0.3, 2.0)] * 2)[0] * _uniform(*self.strength)
         return torch.lerp(image, content, alpha), mask
@@ -160,9 +166,12 @@ def _shape(kind: str, height: int, width: int, size: tuple[float, float]) -> tor
     return mask
 
 
-def _content(kind: str, image: torch.Tensor, foreign: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _content(
+    kind: str, image: torch.Tensor, foreign: torch.Tensor, mask: torch.Tensor, least_std: torch.Tensor
+) -> torch.Tensor:
     """What fills the mask, as a whole image ``(C, H, W)``."""
     mean, std = image.mean(dim=(1, 2), keepdim=True), image.std(dim=(1, 2), keepdim=True)
+    std = std.maximum(least_std.view(-1, 1, 1))
     if kind == "foreign":
         content = _pattern(image, mean, std) if torch.rand(()) < 0.5 else _piece(foreign, mean, std)
     elif kind == "paste":

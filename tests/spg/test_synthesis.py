@@ -94,3 +94,13 @@ def test_what_changes_nothing_is_no_anomaly() -> None:
     for level in (0.0, 0.2):
         _, masks = AnomalySynthesizer(probability=1.0)(torch.full((4, 3, 64, 64), level))
         assert not masks.any()
+
+
+def test_images_of_a_single_colour_get_anomalies() -> None:
+    """They have no levels of their own; those of all images serve them."""
+    torch.manual_seed(0)
+    images = torch.rand(8, 3, 1, 1).expand(-1, -1, 64, 64)
+    drawn, masks = AnomalySynthesizer(probability=1.0)(images)
+    assert masks.flatten(1).any(dim=1).sum() >= 6
+    assert torch.equal((drawn != images).any(dim=1) & masks, masks)
+    assert not AnomalySynthesizer(probability=1.0)(torch.zeros(8, 3, 64, 64))[1].any()

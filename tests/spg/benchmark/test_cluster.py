@@ -121,6 +121,20 @@ def write_config(mvtec: Path, *models: dict[str, Any], more: tuple[dict[str, Any
     Path("table.yaml").write_text(text, encoding="utf-8")
 
 
+def register(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, which began before :func:`fake_distribution`; others find what it wrote."""
+    import anomalib.data
+    import anomalib.models
+
+    from anomalib_spg import AuxiliaryTarget
+
+    monkeypatch.syspath_prepend(Path.cwd())
+    monkeypatch.setattr(anomalib.data, "AuxiliaryTarget", AuxiliaryTarget, raising=False)
+    bright = importlib.import_module("bright")
+    for name in ("Brightness", "Gated"):
+        monkeypatch.setattr(anomalib.models, name, getattr(bright, name), raising=False)
+
+
 def gated(*numbers: int) -> dict[str, Any]:
     """Jobs that wait."""
     return {"class_path": "Gated", "init_args": {"number": {"grid": list(numbers)}}, "image_size": 64}
@@ -137,14 +151,7 @@ def test_a_machine_is_killed(
     nodes: Any, mvtec: Path, visa: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """The table of two nodes, one of them killed amid a job, is that of jobs one after another."""
-    import anomalib.data
-    import anomalib.models
-
-    from anomalib_spg import AuxiliaryTarget
-
-    monkeypatch.syspath_prepend(Path.cwd())
-    monkeypatch.setattr(anomalib.data, "AuxiliaryTarget", AuxiliaryTarget, raising=False)
-    monkeypatch.setattr(anomalib.models, "Gated", importlib.import_module("bright").Gated, raising=False)
+    register(monkeypatch)
     monkeypatch.setattr("anomalib_spg.benchmark.pipeline._log_to", lambda _: None)
     model = {"class_path": "SPG", "init_args": {**SPG, "image_score": {"grid": ["max", "top"]}}}
     shared = {"seed": 3, "model": model, "data": transfer(visa, mvtec, "grass")}
@@ -210,6 +217,7 @@ def test_stopped_and_started_again(mvtec: Path, monkeypatch: pytest.MonkeyPatch,
     assert len(pd.read_csv("run/results.csv")) == 1
 
     Path("gate/open").touch()
+    register(monkeypatch)
     monkeypatch.setattr("anomalib_spg.benchmark.pipeline._log_to", lambda _: None)
     Benchmark().run(Benchmark.get_parser().parse_args(arguments))
     output = capsys.readouterr().out
