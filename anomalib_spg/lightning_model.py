@@ -260,6 +260,8 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             raise ValueError(msg)
         if stage == "fit":
             self.begin_fit()
+            # Guides from a file or from an auxiliary dataset are made to be used on other products.
+            self.is_product_specific = self.learns and not self._is_labelled(getattr(datamodule, "train_data", None))
             self.model.store = TokenStore()  # forget what a fit that failed has left in memory
         if stage == "fit" and datamodule is not None:
             self._hold_out(datamodule)

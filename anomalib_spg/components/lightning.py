@@ -46,6 +46,7 @@ class FrozenBackboneMixin(ExactExports):
         own_epochs (tuple[str, ...]): Arguments that say how many epochs it learns, since the images are passed once.
         held_out (AnomalibDataset | None): While it is fitted, good images it does not learn from.
         product (str | None): What the images show that it was fitted on, where their datamodule has a name.
+        is_product_specific (bool): Whether it compares with good parts of that product, or has learned from them.
     """
 
     default_backbone: ClassVar[str] = DEFAULT_BACKBONE
@@ -54,6 +55,7 @@ class FrozenBackboneMixin(ExactExports):
 
     held_out: AnomalibDataset | None = None
     product: str | None = None
+    is_product_specific: bool = False
     _swapped: tuple[Any, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -140,6 +142,7 @@ class FrozenBackboneMixin(ExactExports):
             DecisionTable(),
             LogPictures(),
             _RestoreTrainingSet(),
+            _CheckProduct(),
             NameCheckpoint(),
             CheckImages(),  # the last, because it may raise another error when there was one
         ]
@@ -294,6 +297,7 @@ class FrozenBackboneMixin(ExactExports):
         super().on_save_checkpoint(checkpoint)
         checkpoint["identity"] = self.identity()
         checkpoint["product"] = self.product
+        checkpoint["is_product_specific"] = self.is_product_specific
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore component configuration, and refuse the checkpoint of another model.
@@ -304,6 +308,7 @@ class FrozenBackboneMixin(ExactExports):
         super().on_load_checkpoint(checkpoint)
         check_identity(checkpoint, self.identity())
         self.product = checkpoint.get("product") or self.product
+        self.is_product_specific = checkpoint.get("is_product_specific", type(self).is_product_specific)
         # Metrics may have been others when the checkpoint was saved; they keep nothing that testing needs.
         state = checkpoint.get("state_dict", {})
         own = {} if self.evaluator is None else self.evaluator.state_dict(prefix="evaluator.")
@@ -389,6 +394,34 @@ class _RestoreTrainingSet(Callback):
         """The fit may have failed before it began."""
         del trainer, exception
         _restore(pl_module)
+
+
+class _CheckProduct(Callback):
+    """Says where another product is tested than the one whose good parts the model knows."""
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A validation of its own; a training is tested afterwards."""
+        if trainer.state.fn == "validate":
+            _check_product(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """By now the checkpoint is loaded."""
+        _check_product(trainer, pl_module)
+
+
+def _check_product(trainer: Trainer, pl_module: LightningModule) -> None:
+    shown = category_of(trainer)
+    if not isinstance(pl_module, FrozenBackboneMixin) or not pl_module.is_product_specific:
+        return
+    if pl_module.product and shown and shown != pl_module.product:
+        logger.warning(
+            "%s knows the good parts of '%s', but these images are of '%s': its scores and threshold do not hold for "
+            "them. Give the checkpoint of '%s', or train on its good parts. If both are the same product, all is well.",
+            type(pl_module).__name__,
+            pl_module.product,
+            shown,
+            shown,
+        )
 
 
 def _restore(pl_module: LightningModule) -> None:

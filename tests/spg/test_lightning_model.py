@@ -195,6 +195,22 @@ def test_guides_file_is_used_without_training(trained: tuple, mvtec: Path, tmp_p
     assert not model.post_processor.image_threshold.isnan(), "validation must still calibrate the threshold"
 
 
+@pytest.mark.parametrize("learned_from", ["good parts", "labels", "a guides file"])
+def test_checkpoint_of_another_product(
+    learned_from: str, trained: tuple, mvtec: Path, visa: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only what has been learned from a product's good parts is for that product alone."""
+    arguments: dict[str, Any] = {}
+    if learned_from == "a guides file":
+        arguments["guides_file"] = Path(trained[1].trainer.default_root_dir) / "weights" / "guides.safetensors"
+    run = engine(tmp_path)
+    run.fit(build(**arguments), datamodule=auxiliary(mvtec, visa) if learned_from == "labels" else data(mvtec))
+    engine(tmp_path).test(build(), datamodule=data(mvtec, category="grass"), ckpt_path=run.best_model_path)
+    message = "SPG knows the good parts of 'brick', but these images are of 'grass'"
+    assert caplog.text.count(message) == (learned_from == "good parts")
+    assert ("knows the good parts" in caplog.text) == (learned_from == "good parts")
+
+
 def test_same_seed_same_result(mvtec: Path, tmp_path: Path) -> None:
     """Twice the same seed, bit for bit; another seed, other guides."""
 
