@@ -12,6 +12,7 @@ from anomalib.data import AnomalibDataModule
 from .components.lightning import check_seed
 from .components.normal_images import draw_normal_images
 from .datamodule import build_datamodule, check_evaluated_images, evaluated_images, set_up
+from .dataset_folders import check_category
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,8 @@ class FewShot(AnomalibDataModule):
         normal_images (list[str]): Paths of the images that were drawn.
 
     Raises:
-        ValueError: If the datamodule is unknown, its arguments do not fit, it has no training set, or there are fewer
-            normal images than ``k_shot``.
+        ValueError: If the datamodule is unknown, its arguments do not fit, its folder lacks the category while others
+            are there, it has no training set, or there are fewer normal images than ``k_shot``.
 
     Example:
         >>> datamodule = FewShot("MVTecAD", {"root": "./datasets/MVTecAD", "category": "bottle"}, k_shot=4, seed=0)
@@ -84,10 +85,16 @@ class FewShot(AnomalibDataModule):
         return self.target.name
 
     def prepare_data(self) -> None:
-        """Download and prepare the dataset if it is missing."""
+        """Download and prepare the dataset if it is missing.
+
+        Raises:
+            ValueError: If it is there, but lacks the category.
+        """
+        check_category(self.target)
         self.target.prepare_data()
 
     def _setup(self, stage: str | None = None) -> None:
+        check_category(self.target)
         set_up(self.target, stage, self.seed)
         training_set = getattr(self.target, "train_data", None)
         if training_set is None:

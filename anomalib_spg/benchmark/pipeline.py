@@ -121,7 +121,7 @@ class BenchmarkJob(Job):
         start = time.time()
         seed_everything(self.config["seed"], workers=True)
         model, datamodule = self._build_model(), get_datamodule(self.config["data"])
-        check_category(getattr(datamodule, "target", datamodule))
+        check_category(datamodule)  # FewShot and AuxiliaryTarget do so themselves
         datamodule.prepare_data()
         set_up(datamodule, TrainerFn.FITTING, self.config["seed"])  # so that all models have the same splits
         trainer = self.config["model"].get("trainer", {})

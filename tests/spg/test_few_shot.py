@@ -182,6 +182,16 @@ def test_mistakes_are_named(mvtec: Path, target: str, keywords: dict[str, Any], 
         FewShot(target, arguments(mvtec), **keywords).setup()
 
 
+@pytest.mark.parametrize("stage", ["prepare_data", "setup"])
+def test_misspelt_category(stage: str, mvtec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder, and what is there, before anything is downloaded."""
+    download = "anomalib.data.datamodules.image.mvtecad.download_and_extract"
+    monkeypatch.setattr(download, lambda *_, **__: pytest.fail("download"))
+    message = r"^MVTecAD: no folder '.*/brik' with images; there are brick, grass\. Correct the category or the root"
+    with pytest.raises(ValueError, match=message):
+        getattr(FewShot("MVTecAD", arguments(mvtec, category="brik")), stage)()
+
+
 def test_datamodule_without_a_training_set(mvtec: Path) -> None:
     """A plugin's datamodule may have none."""
 
