@@ -122,7 +122,7 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
         stride: int = 1,
         numbers: Sequence[int] | None = None,
         copies: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
-        times: int = 1,
+        most: int | None = None,
     ) -> None:
         """Fill the bank with the images added before and some more, whose distances to the others are the scale.
 
@@ -132,9 +132,8 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
             stride (int): Keep only the tokens of every ``stride``-th row and column.
             numbers (Sequence[int] | None): Their numbers among the normal images. ``None`` counts from 0.
             copies (Sequence[tuple[torch.Tensor, torch.Tensor]] | None): Of each of them the tokens ``(M, K)`` that its
-                copies add, and the patches ``(M,)`` that these show. An image and its copies are thinned to its share
-                of the bank before they are compared with others. ``None`` where there are no copies.
-            times (int): An image and its copies are thinned to so many times the image's own tokens, too.
+                copies add, and the patches ``(M,)`` that these show. ``None`` where there are no copies.
+            most (int | None): Keep no more tokens than this, even where there is room for them. ``None`` fills the bank.
 
         Raises:
             ValueError: If every normal patch has an exact copy in another image, so that the distances vanish.
@@ -143,18 +142,18 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
         kept = kept_patches(grid, stride, tokens.device)
         images = [(image, kept) for image in tokens[:, kept]]
         if copies is not None:
-            most = times * len(kept) if self.size is None else min(times * len(kept), -(-self.size // len(images)))
-            images = [_join(image, of_image, most) for image, of_image in zip(images, copies, strict=True)]
+            images = [
+                (torch.cat([image, copied]), torch.cat([patches, shown]))
+                for (image, patches), (copied, shown) in zip(images, copies, strict=True)
+            ]
         distances = self._leave_one_out(tokens, grid, kept, [rows for rows, _ in images])
         self.distance_scale = distances.quantile(QUANTILE)
-        # An image and its copies that are thinned may lack the very patches of another one that is the same.
-        whole = distances if copies is None else self._leave_one_out(tokens, grid, kept, list(tokens[:, kept]))
-        if not whole.quantile(QUANTILE) > 2e-3 * tokens.norm(dim=-1).mean():  # what rounding alone gives
+        if not self.distance_scale > 2e-3 * tokens.norm(dim=-1).mean():  # what rounding alone gives
             msg = "The normal images are copies of each other, or all of one colour. Give images that differ."
             raise ValueError(msg)
         for number, (rows, patches) in zip(range(len(tokens)) if numbers is None else numbers, images, strict=True):
             self.add_image(rows, patches, number)
-        self._reduce()
+        self._reduce(most)
         self.tokens, self.image_indices, self.patch_indices = (
             torch.cat(values) for values in zip(*self._added, strict=True)
         )
@@ -166,12 +165,13 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
             return torch.ones_like(tokens[:, 0], dtype=torch.bool)
         return nearest(tokens, torch.cat([rows[0] for rows in self._added])) > self.radius
 
-    def _reduce(self) -> None:
-        """Keep a coreset if there are more tokens than the bank may have."""
-        if self.size is None or self.num_added <= self.size:
+    def _reduce(self, most: int | None = None) -> None:
+        """Keep a coreset if there are more tokens than the bank may have, or than so many."""
+        size = min((limit for limit in (self.size, most) if limit is not None), default=self.num_added)
+        if self.num_added <= size:
             return
         rows = [torch.cat(values) for values in zip(*self._added, strict=True)]
-        chosen, self.radius = k_center_greedy(rows[0], self.size)
+        chosen, self.radius = k_center_greedy(rows[0], size)
         self._added = [tuple(values[chosen] for values in rows)]
 
     def _leave_one_out(
@@ -247,17 +247,6 @@ def stride_of(scale: int) -> int:
         int: 1 for single patches, 2 for windows of 3.
     """
     return scale // 2 + 1
-
-
-def _join(
-    image: tuple[torch.Tensor, torch.Tensor], copies: tuple[torch.Tensor, torch.Tensor], most: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens of an image and its copies, and their patches, thinned to so many."""
-    tokens, patches = (torch.cat(values) for values in zip(image, copies, strict=True))
-    if len(tokens) > most:
-        chosen, _ = k_center_greedy(tokens, most)
-        tokens, patches = tokens[chosen], patches[chosen]
-    return tokens, patches
 
 
 def reference_images(count: int) -> list[int]:

@@ -77,10 +77,10 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             more help where good parts vary more than the images show, and forget the one that is taken alike.
         num_rotations (int): Directions in which each normal image goes into the bank: 8 takes it as it is and rotated
             by 45, 90, ... degrees, for parts that may lie in any direction. Defaults to 1 (ours), as it is only.
-        num_shifts (int): Places on the grid of patches, along height and along width, at which each of two to five
+        num_shifts (int): Places on the grid of patches, along height and along width, at which each of 2 to 16
             normal images goes into the bank: 2 takes it as it is and shifted by half a patch down, right, and both. Not
-            with one image or over five, nor beside rotated copies, nor with ``extend``. Defaults to 2 (ours); 1 takes
-            it as it is (paper).
+            with one image or over 16, nor beside rotated copies, nor with ``extend``. Defaults to 2 (ours); 1 takes it
+            as it is (paper).
         own_weight (float): Weight of a patch's distance to the rest of its own image beside that to the bank, in
             [0, 1]. Defaults to 0.3 (ours); 0 compares with the bank alone (paper).
         top_patches (int): Highest patches whose mean is the image's score. Defaults to 3 (ours); 1 takes the maximum

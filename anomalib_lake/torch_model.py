@@ -40,7 +40,7 @@ View = tuple[Callable[[torch.Tensor], torch.Tensor], Callable[..., tuple[torch.T
 # Copies that the backbone takes at a time.
 BATCH = 8
 # Most normal images of which shifted copies go into the bank (ours): more of them fill it, and copies make it coarser.
-FEW = 5
+FEW = 16
 # Normal images whose tokens are kept in full, to choose the neurons by; in the end each is compared with the others.
 SAMPLE = 32
 DEFAULT_BACKBONE = "vit_large_patch14_clip_quickgelu_336.openai"
@@ -94,9 +94,9 @@ class LAKEModel(nn.Module):
             more help where good parts vary more than the images show, and forget the one that is taken alike.
         num_rotations (int): Directions in which each normal image goes into the bank: 8 takes it as it is and rotated
             by 45, 90, ... degrees, for parts that may lie in any direction. Defaults to 1 (ours), as it is only.
-        num_shifts (int): Places on the grid of patches, along height and along width, at which each of two to five
-            normal images goes into the bank: 2 takes it as it is and shifted by half a patch down, right, and both. Not
-            with one image or over five, nor beside rotated copies. Defaults to 2 (ours); 1 takes it as it is (paper).
+        num_shifts (int): Places on the grid of patches, along height and along width, at which each of 2 to 16 normal
+            images goes into the bank: 2 takes it as it is and shifted by half a patch down, right, and both. Not with
+            one image or over 16, nor beside rotated copies. Defaults to 2 (ours); 1 takes it as it is (paper).
         own_weight (float): Weight of a patch's distance to the rest of its own image beside that to the bank, in
             [0, 1]. Defaults to 0.3 (ours); 0 compares with the bank alone (paper).
         top_patches (int): Highest patches whose mean is the image's score. Defaults to 3 (ours); 1 takes the maximum
@@ -272,7 +272,7 @@ class LAKEModel(nn.Module):
 
         Example:
             >>> model = LAKEModel("vit_tiny_patch16_224", layers=[5], pre_trained=False, num_neurons=20)
-            >>> [model.num_copies(images) for images in (1, 2, 5, 6)]
+            >>> [model.num_copies(images) for images in (1, 2, 16, 17)]
             [0, 3, 3, 0]
         """
         if self.num_rotations > 1:
@@ -640,9 +640,10 @@ class LAKEModel(nn.Module):
                 for window, (scale, bank) in enumerate(zip(self.scales, banks, strict=True)):
                     averaged = neurons.normalize(average_neighbors(projected, self._grid, scale))
                     of_window = [of_image[layer][window] for of_image in copies] or None
-                    bank.fit(
-                        averaged, self._grid, stride_of(scale), self._references, of_window, times=self.num_rotations
-                    )
+                    # Shifted copies show nothing new, so the bank need not grow by them.
+                    shifted = copies and self.num_rotations == 1
+                    most = self.num_stored * len(kept_patches(self._grid, stride_of(scale))) if shifted else None
+                    bank.fit(averaged, self._grid, stride_of(scale), self._references, of_window, most)
                     if self.own_weight > 0:
                         own_image = self.own_images[layer][window]
                         own_image.fit(averaged, self._grid, stride_of(scale), least=bank.distance_scale)

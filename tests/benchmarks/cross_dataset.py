@@ -219,7 +219,7 @@ def main() -> None:  # noqa: C901  # a line for each row
                 scoring = {"num_neighbors": count, "own_weight": weight}
                 row(f"{shots} shots, num_neighbors {count}, own_weight {weight}", few(shots, scoring=scoring))
     elif arguments.table == "shifts":
-        for shots in (2, 4):
+        for shots in (2, 4, 8, 16):
             for count in (1, 2):
                 row(f"{shots} shots, num_shifts {count}", few(shots, scoring={"num_shifts": count}))
     elif arguments.table == "lake":
