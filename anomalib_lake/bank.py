@@ -133,7 +133,7 @@ class NormalityBank(DynamicBufferMixin, nn.Module):
             numbers (Sequence[int] | None): Their numbers among the normal images. ``None`` counts from 0.
             copies (Sequence[tuple[torch.Tensor, torch.Tensor]] | None): Of each of them the tokens ``(M, K)`` that its
                 copies add, and the patches ``(M,)`` that these show. ``None`` where there are no copies.
-            most (int | None): Keep no more tokens than this, even where there is room for them. ``None`` fills the bank.
+            most (int | None): Keep no more tokens than this, even where there is room. ``None`` fills the bank.
 
         Raises:
             ValueError: If every normal patch has an exact copy in another image, so that the distances vanish.

@@ -41,7 +41,7 @@ def test_patches_of_a_copy(height: int, width: int, down: int, right: int, scale
 
 
 def test_bank_by_hand() -> None:
-    """Images and copies, thinned to as many tokens as the images have; scale and scores without an image's own copies."""
+    """Images and copies, thinned to the images' number of tokens; scale and scores without an image's own copies."""
     images = torch.randn(2, 3, 64, 64)
     model = build(num_shifts=2)
     model.train()(images)
