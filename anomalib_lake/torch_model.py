@@ -640,9 +640,9 @@ class LAKEModel(nn.Module):
                 for window, (scale, bank) in enumerate(zip(self.scales, banks, strict=True)):
                     averaged = neurons.normalize(average_neighbors(projected, self._grid, scale))
                     of_window = [of_image[layer][window] for of_image in copies] or None
-                    # Shifted copies show nothing new, so the bank need not grow by them.
-                    shifted = copies and self.num_rotations == 1
-                    most = self.num_stored * len(kept_patches(self._grid, stride_of(scale))) if shifted else None
+                    # Shifted copies show nothing that the images do not, so the bank need not grow by them.
+                    own = self.num_stored * len(kept_patches(self._grid, stride_of(scale)))
+                    most = own if self.num_rotations == 1 else None
                     bank.fit(averaged, self._grid, stride_of(scale), self._references, of_window, most)
                     if self.own_weight > 0:
                         own_image = self.own_images[layer][window]
