@@ -9,8 +9,7 @@ this file.
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,20 +26,15 @@ from anomalib_spg.components.own_image import kept_patches
 from anomalib_spg.components.precision import full_precision
 
 from .bank import NormalityBank, average_neighbors, reference_images, stride_of
+from .copies import FEW, num_copies, views
 from .neurons import Normalization, Selection, SensitiveNeurons
 from .own_image import OwnImage
-from .rotations import rotate, shown_patches
-from .shifts import shift, shifted_patches, shifts
 from .text import embed_prompts, prompts, read_checkpoint, text_tower
 
 # Tokens of an image's copies, in one layer and at one scale, and the patches of the image that they show.
 Copies = tuple[torch.Tensor, torch.Tensor]
-# How a copy is made of an image; which patches of the image the windows of a grid and scale show, and which are whole.
-View = tuple[Callable[[torch.Tensor], torch.Tensor], Callable[..., tuple[torch.Tensor, torch.Tensor]]]
 # Copies that the backbone takes at a time.
 BATCH = 8
-# Most normal images of which shifted copies go into the bank (ours): more of them fill it, and copies make it coarser.
-FEW = 16
 # Normal images whose tokens are kept in full, to choose the neurons by; in the end each is compared with the others.
 SAMPLE = 32
 DEFAULT_BACKBONE = "vit_large_patch14_clip_quickgelu_336.openai"
@@ -262,22 +256,8 @@ class LAKEModel(nn.Module):
         self._size: tuple[int, int] = (0, 0)
 
     def num_copies(self, images: int) -> int:
-        """Copies of each normal image that go into the bank beside it.
-
-        Args:
-            images (int): Normal images.
-
-        Returns:
-            int: Their number for each.
-
-        Example:
-            >>> model = LAKEModel("vit_tiny_patch16_224", layers=[5], pre_trained=False, num_neurons=20)
-            >>> [model.num_copies(images) for images in (1, 2, 16, 17)]
-            [0, 3, 3, 0]
-        """
-        if self.num_rotations > 1:
-            return self.num_rotations - 1
-        return self.num_shifts**2 - 1 if 1 < images <= FEW else 0
+        """Copies of each of so many normal images, see :func:`~anomalib_lake.copies.num_copies`."""
+        return num_copies(images, self.num_rotations, self.num_shifts)
 
     def memory_need(self, images: int) -> int:
         """Memory that learning takes beside the backbone: what is kept, and as much again while it is worked on.
@@ -301,9 +281,9 @@ class LAKEModel(nn.Module):
         copies = self.num_copies(images)
         if copies:  # images that wait for the neurons; copies of the reference images, at all scales
             values += min(images, SAMPLE) * 3 * math.prod(self.backbone.image_size)
-            views = len(reference_images(images)) * (1 + copies)
+            references = len(reference_images(images)) * (1 + copies)
             values += len(self.layers) * sum(
-                views * rows * columns // stride_of(scale) ** 2 * kept for scale in self.scales
+                references * rows * columns // stride_of(scale) ** 2 * kept for scale in self.scales
             )
         for scale, bank in zip(self.scales, self.banks[0], strict=True):
             of_image = -(-rows // stride_of(scale)) * -(-columns // stride_of(scale)) * self.num_rotations
@@ -523,9 +503,10 @@ class LAKEModel(nn.Module):
             the patches ``(M,)`` of the image that they show.
         """
         found: list[list[list[Copies]]] = [[[] for _ in self.scales] for _ in self.layers]
-        views = self._views((image.shape[-2], image.shape[-1]), pixel_aspect)
-        for start in range(0, len(views), BATCH):
-            batch = views[start : start + BATCH]
+        size = (image.shape[-2], image.shape[-1])
+        ways = views(size, self.backbone.patch_size, self.num_rotations, self.num_shifts, pixel_aspect)
+        for start in range(0, len(ways), BATCH):
+            batch = ways[start : start + BATCH]
             tokens, grid = self.tokens(torch.stack([show(image) for show, _ in batch]))
             with full_precision(image.device):
                 for layer, neurons, by_scale in zip(self.layers, self.neurons, found, strict=True):
@@ -539,29 +520,9 @@ class LAKEModel(nn.Module):
                             copies.append((copy[windows.to(copy.device)], shown[windows].to(copy.device)))
         return [[_of_all_views(copies) for copies in by_scale] for by_scale in found]
 
-    def _views(self, size: tuple[int, int], pixel_aspect: float) -> list[View]:
-        """How the copies of an image of this size are made, and which patches of it they show."""
-        if self.num_rotations > 1:
-            extent = (size[0] / self.backbone.patch_size, size[1] / self.backbone.patch_size)
-            return [
-                (
-                    partial(rotate, angle=angle, pixel_aspect=pixel_aspect),
-                    partial(shown_patches, angle=angle, pixel_aspect=pixel_aspect, extent=extent),
-                )
-                for angle in (360 * number / self.num_rotations for number in range(1, self.num_rotations))
-            ]
-        patch_size = self.backbone.patch_size
-        return [
-            (
-                partial(shift, down=down, right=right),
-                partial(shifted_patches, down=down, right=right, patch_size=patch_size, size=size),
-            )
-            for down, right in shifts(self.num_shifts, patch_size)
-        ]
-
     @torch.no_grad()
     def _add_copies(self, number: int, copies: list[list[Copies]]) -> None:
-        """Take rotated copies of an image into the banks, which hold the image already."""
+        """Take copies of an image into the banks, which hold the image already."""
         with full_precision(self.text_embeddings.device):
             for banks, by_scale in zip(self.banks, copies, strict=True):
                 for bank, (tokens, patches) in zip(banks, by_scale, strict=True):
