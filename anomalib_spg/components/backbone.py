@@ -11,6 +11,7 @@ import hashlib
 import logging
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,7 +122,7 @@ class Backbone(nn.Module):
         self.vit_arguments: dict[str, Any] = {"dynamic_img_size": True}
         if not self.project:
             self.vit_arguments["num_classes"] = 0
-        self.patch_size: int = _meta_vit(name).patch_embed.patch_size[0]
+        self.patch_size, _ = _patch_size_and_depth(name)
         if image_size is not None:
             if any(-side % self.patch_size >= side for side in image_size):  # more to pad than there is to reflect
                 msg = (
@@ -349,7 +350,7 @@ def num_blocks(name: str) -> int:
         >>> num_blocks("vit_large_patch16_dinov3.lvd1689m")
         24
     """
-    return len(_meta_vit(name).blocks)
+    return _patch_size_and_depth(name)[1]
 
 
 def warn_of_other_timm(recorded: str | None, source: str | Path) -> None:
@@ -373,8 +374,9 @@ def warn_of_other_timm(recorded: str | None, source: str | Path) -> None:
         )
 
 
-def _meta_vit(name: str) -> Any:  # noqa: ANN401  # timm's ViTs share no class
-    """Build a timm ViT without allocating its weights; refuse what gives no token for each patch of any image."""
+@cache
+def _patch_size_and_depth(name: str) -> tuple[int, int]:
+    """Those of a timm ViT, whose weights are not allocated; refuse what gives no token for each patch of any image."""
     pretrained_config(name)
     try:
         with torch.device("meta"), torch.no_grad():
@@ -398,7 +400,7 @@ def _meta_vit(name: str) -> Any:  # noqa: ANN401  # timm's ViTs share no class
             "timm.list_models('vit_*_patch*')."
         )
         raise ValueError(msg)
-    return model
+    return model.patch_embed.patch_size[0], len(model.blocks)
 
 
 def _fetch_weights(module: Backbone, *_: Any) -> None:
