@@ -10,15 +10,17 @@ ones are ``vit_large_patch16_dinov3.lvd1689m`` (default), ``vit_large_patch14_di
 import hashlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import timm
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
+from torch.overrides import TorchFunctionMode
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,32 @@ DEFAULT_BACKBONE = "vit_large_patch16_dinov3.lvd1689m"
 def default_image_size(name: str) -> tuple[int, int]:
     """Image size of the published results: 518 for CLIP, 448 for all others."""
     return (518, 518) if "_clip_" in name else (448, 448)
+
+
+class _NoDraws(TorchFunctionMode):
+    """Leaves out the random numbers that weights begin with, where those of a file replace them all.
+
+    To draw them for a ViT-L takes longer than to read its file.
+    """
+
+    DRAWS: ClassVar = {
+        *(getattr(torch.Tensor, name) for name in ("uniform_", "normal_", "erfinv_")),
+        *(getattr(nn.init, name) for name in ("uniform_", "normal_", "trunc_normal_", "kaiming_uniform_")),
+    }
+
+    def __torch_function__(  # noqa: PLW3201
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        """Call all other functions."""
+        del types
+        given = kwargs or {}
+        if func in self.DRAWS:
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
 
 
 def is_clip(name: str) -> bool:
@@ -130,7 +158,8 @@ class Backbone(nn.Module):
                 )
                 raise ValueError(msg)
             self.vit_arguments["img_size"] = tuple(-(-size // self.patch_size) * self.patch_size for size in image_size)
-        self.vit = timm.create_model(name, pretrained=False, **self.vit_arguments)
+        with _NoDraws() if pre_trained else nullcontext():
+            self.vit = timm.create_model(name, pretrained=False, **self.vit_arguments)
         self.vit.requires_grad_(requires_grad=False)
         self.vit.eval()
 
@@ -164,7 +193,8 @@ class Backbone(nn.Module):
             self.load_state(read_weights(self.weights), self.weights)
         else:
             try:
-                source = timm.create_model(self.name, pretrained=True, **self.vit_arguments)
+                with _NoDraws():
+                    source = timm.create_model(self.name, pretrained=True, **self.vit_arguments)
             except Exception as exception:
                 msg = (
                     f"Could not get the weights of '{self.name}' from timm's hub ({type(exception).__name__}: "

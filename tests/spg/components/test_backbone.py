@@ -178,3 +178,21 @@ def test_pickling_takes_the_weights_along(tmp_path: Path) -> None:
     copy = pickle.loads(pickled)
     torch.testing.assert_close(copy.state_dict()["vit.norm.weight"], source.state_dict()["norm.weight"])
     assert torch.equal(copy.vit.blocks[3].attn.qkv.weight, source.blocks[3].attn.qkv.weight)
+
+
+@pytest.mark.parametrize("name", [TINY, "vit_small_patch14_reg4_dinov2.lvd142m", "vit_small_patch16_dinov3.lvd1689m"])
+def test_no_random_numbers_where_weights_come(name: str, tmp_path: Path) -> None:
+    """Of a file all values are taken, what is not in it is as ever; without one the seed gives them."""
+    drawn = Backbone(name, pre_trained=False)
+    save_file(drawn.vit.state_dict(), tmp_path / "weights.safetensors")
+    before = torch.get_rng_state()
+    backbone = Backbone(name, weights=tmp_path / "weights.safetensors")
+    assert torch.equal(before, torch.get_rng_state())
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(backbone(images).patches[0], drawn(images).patches[0])
+    buffers = dict(drawn.vit.named_buffers())
+    assert all(torch.equal(buffers.pop(name), buffer) for name, buffer in backbone.vit.named_buffers())
+    assert not buffers
+    torch.manual_seed(0)  # as the test began
+    assert Backbone(name, pre_trained=False).fingerprint() == drawn.fingerprint()
+    assert Backbone(name, pre_trained=False).fingerprint() != drawn.fingerprint()
