@@ -32,7 +32,7 @@ from .post_processor import GoodPartsPostProcessor
 from .pre_processor import default_pre_processor
 from .precision import check_precision
 from .threshold import WEAK_PRIOR, Prior, logit
-from .unreadable import CheckImages
+from .unreadable import CheckImages, datasets_of
 
 logger = logging.getLogger(__name__)
 
@@ -397,7 +397,7 @@ class _RestoreTrainingSet(Callback):
 
 
 class _CheckProduct(Callback):
-    """Says where another product is tested than the one whose good parts the model knows."""
+    """Says where another product is tested or predicted than the one whose good parts the model knows."""
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A validation of its own; a training is tested afterwards."""
@@ -407,6 +407,11 @@ class _CheckProduct(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """By now the checkpoint is loaded."""
         _check_product(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A folder of images has no product, whatever the datamodule of an earlier run on this trainer was."""
+        if not any(isinstance(images, PredictDataset) for images in datasets_of(trainer.predict_dataloaders)):
+            _check_product(trainer, pl_module)
 
 
 def _check_product(trainer: Trainer, pl_module: LightningModule) -> None:

@@ -29,23 +29,23 @@ class CheckImages(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what is learned from, what sets the threshold, and the validation images."""
         held_out = getattr(pl_module, "held_out", None)
-        check_images([*_datasets(trainer.train_dataloader), held_out, *_datasets(trainer.val_dataloaders)])
+        check_images([*datasets_of(trainer.train_dataloader), held_out, *datasets_of(trainer.val_dataloaders)])
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the images of a validation of its own; those of a training are checked at its start."""
         del pl_module
         if trainer.state.fn == "validate":
-            check_images(_datasets(trainer.val_dataloaders))
+            check_images(datasets_of(trainer.val_dataloaders))
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the test images."""
         del pl_module
-        check_images(_datasets(trainer.test_dataloaders))
+        check_images(datasets_of(trainer.test_dataloaders))
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the images that are predicted."""
         del pl_module
-        check_images(_datasets(trainer.predict_dataloaders))
+        check_images(datasets_of(trainer.predict_dataloaders))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Find the images that cannot be decoded, if reading one has failed.
@@ -57,7 +57,7 @@ class CheckImages(Callback):
         if not any(name in "".join(traceback.format_exception(exception)) for name in ("read_image", "read_mask")):
             return
         loaders = (trainer.train_dataloader, trainer.val_dataloaders, trainer.test_dataloaders)
-        datasets = [data for loader in (*loaders, trainer.predict_dataloaders) for data in _datasets(loader)]
+        datasets = [data for loader in (*loaders, trainer.predict_dataloaders) for data in datasets_of(loader)]
         masks = _paths([*datasets, getattr(pl_module, "held_out", None)])
         paths = [path for path in [*masks, *masks.values()] if path]
         logger.info("An image cannot be read; looking for it among %d files.", len(paths))
@@ -133,7 +133,15 @@ def _header(path: str) -> tuple[tuple[int, int], str, bool, bool]:
         raise ValueError(msg) from exception
 
 
-def _datasets(loaders: Any) -> list[Any]:  # noqa: ANN401  # what the trainer holds: none, one, or several
+def datasets_of(loaders: Any) -> list[Any]:  # noqa: ANN401  # what the trainer holds
+    """Find the datasets behind dataloaders of a trainer.
+
+    Args:
+        loaders (Any): None, one, or several dataloaders.
+
+    Returns:
+        list[Any]: The dataset of each; ``None`` where there is none.
+    """
     return [
         getattr(loader, "dataset", None) for loader in (loaders if isinstance(loaders, list | tuple) else [loaders])
     ]

@@ -61,24 +61,26 @@ def test_only_the_drawn_images_are_compared_with(mvtec: Path, tmp_path: Path) ->
     assert model.model.banks[0][0].tokens.shape == (2 * 16, 20)
 
 
-@pytest.mark.parametrize("command", ["test", "validate"])
+@pytest.mark.parametrize("command", ["test", "validate", "predict"])
 def test_checkpoint_of_another_product(
     command: str, trained: tuple, mvtec: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One line names both; its own product and images without one are nothing to speak of."""
-    checkpoint = trained[1].best_model_path
+    checkpoint, run, model = trained[1].best_model_path, engine(tmp_path), build()
 
     def said(category: str) -> list[str]:
         caplog.clear()
-        getattr(engine(tmp_path), command)(build(), datamodule=data(mvtec, category=category), ckpt_path=checkpoint)
+        getattr(run, command)(model, datamodule=data(mvtec, category=category), ckpt_path=checkpoint)
         return [message for message in caplog.messages if "knows the good parts" in message]
 
     (message,) = said("grass")
     assert message.startswith("LAKE knows the good parts of 'brick', but these images are of 'grass'")
     assert "Give the checkpoint of 'grass', or train on its good parts" in message
+    for other in (run, engine(tmp_path)):  # after a run with a datamodule, too
+        caplog.clear()
+        other.predict(model, data_path=mvtec / "grass/test/good", ckpt_path=checkpoint)
+        assert "knows the good parts" not in caplog.text
     assert not said("brick")
-    engine(tmp_path).predict(build(), data_path=mvtec / "grass/test/good", ckpt_path=checkpoint)
-    assert "knows the good parts" not in caplog.text
 
 
 def test_checkpoint_of_a_run_with_other_metrics(mvtec: Path, tmp_path: Path) -> None:
