@@ -123,6 +123,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
 
     default_backbone = DEFAULT_BACKBONE
     is_product_specific = True
+    learns_on = "to take further good images into its bank, give it as extend"
     prior = Prior(spread=0.06, weight=8.0)  # measured on twelve small datasets, where spreads are 0.03 to 0.13
 
     def __init__(

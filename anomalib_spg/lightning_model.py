@@ -128,6 +128,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
     """
 
     own_epochs = ("sae_epochs", "guide_epochs")
+    learns_on = "to learn on, give guides_file, weights/guides.safetensors of its run, and learn_on"
     prior = Prior(spread=0.4, weight=4.0)  # measured on six textures, where spreads are 0.2 to 1.1
 
     def __init__(

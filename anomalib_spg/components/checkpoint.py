@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Refuse the checkpoint of another model, even if its tensors fit; name one that cannot be read or saved."""
+"""Refuse the checkpoint of another model, or a fitted one in training; name one that cannot be read or saved."""
+# ruff: noqa: PLR6301  # Lightning calls a callback's methods on the instance
 
 import traceback
 from typing import Any
@@ -32,12 +33,36 @@ def check_identity(checkpoint: dict[str, Any], identity: dict[str, Any]) -> None
             raise ValueError(msg)
 
 
+class RefuseFitted(Callback):
+    """Refuse to train from a checkpoint that has learned.
+
+    Lightning takes its only epoch for done: it would train nothing, save nothing, and print what the checkpoint scores.
+
+    Args:
+        remedy (str): How else the model learns on.
+    """
+
+    def __init__(self, remedy: str) -> None:
+        self.remedy = remedy
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say what to do instead.
+
+        Raises:
+            ValueError: If a training starts from the checkpoint of a fitted model.
+        """
+        if trainer.state.fn == "fit" and checkpoint["state_dict"].get("_is_fitted"):
+            msg = (
+                f"{type(pl_module).__name__} has learned already in ckpt_path='{trainer.ckpt_path}', and would learn "
+                f"nothing more. To learn anew, leave ckpt_path out; to test it, use `anomalib test`; {self.remedy}."
+            )
+            raise ValueError(msg)
+
+
 class NameCheckpoint(Callback):
     """Name the checkpoint that cannot be read or saved: neither torch nor Lightning does."""
 
-    def on_exception(  # noqa: PLR6301  # Lightning calls it on the instance
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say which file it was, and what to do.
 
         Raises:

@@ -21,7 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from .backbone import DEFAULT_BACKBONE, default_image_size
-from .checkpoint import NameCheckpoint, check_identity
+from .checkpoint import NameCheckpoint, RefuseFitted, check_identity
 from .decisions import DecisionTable
 from .evaluator import default_evaluator
 from .export import ExactExports
@@ -44,6 +44,7 @@ class FrozenBackboneMixin(ExactExports):
         default_backbone (str): timm name of the backbone the default pre-processor is made for.
         prior (Prior): How much the logits of good parts usually vary.
         own_epochs (tuple[str, ...]): Arguments that say how many epochs it learns, since the images are passed once.
+        learns_on (str): What to do for it to learn on from what it has learned.
         held_out (AnomalibDataset | None): While it is fitted, good images it does not learn from.
         product (str | None): What the images show that it was fitted on, where their datamodule has a name.
         is_product_specific (bool): Whether it compares with good parts of that product, or has learned from them.
@@ -52,6 +53,7 @@ class FrozenBackboneMixin(ExactExports):
     default_backbone: ClassVar[str] = DEFAULT_BACKBONE
     prior: ClassVar[Prior] = WEAK_PRIOR
     own_epochs: ClassVar[tuple[str, ...]] = ()
+    learns_on: ClassVar[str] = ""
 
     held_out: AnomalibDataset | None = None
     product: str | None = None
@@ -144,6 +146,7 @@ class FrozenBackboneMixin(ExactExports):
             _RestoreTrainingSet(),
             _CheckProduct(),
             NameCheckpoint(),
+            RefuseFitted(self.learns_on),
             CheckImages(),  # the last, because it may raise another error when there was one
         ]
 

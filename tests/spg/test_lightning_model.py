@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import Folder
 from anomalib.engine import Engine
 from lightning.pytorch import Callback
@@ -449,6 +450,23 @@ def test_the_same_object_goes_on_after_an_interruption(
     with patch.object(model.model, "_store", side_effect=AssertionError("passed again")):
         engine(tmp_path).fit(model=model, datamodule=data(mvtec))
     assert not Path("tokens").exists()
+
+
+def test_a_checkpoint_of_an_unfinished_pass_goes_on(
+    mvtec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a checkpoint callback of one's own may leave it: nothing has been learned in it, so it is not refused."""
+    monkeypatch.chdir(tmp_path)
+
+    def fit(checkpoint: Path | None = None, **arguments: Any) -> SPG:
+        model, images = build(seed=0, memory_limit=0), data(mvtec, train_batch_size=1)
+        engine(tmp_path, **arguments).fit(model=model, datamodule=images, ckpt_path=checkpoint)
+        return model
+
+    every_batch = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    with patch("anomalib_spg.torch_model.train_sae", side_effect=KeyboardInterrupt), pytest.raises(SystemExit):
+        fit(callbacks=[every_batch])
+    assert fit(tmp_path / "step=2.ckpt").model.is_fitted
 
 
 def test_unreadable_image_is_named(tmp_path: Path) -> None:
