@@ -10,6 +10,8 @@ from typing import Any
 
 from anomalib.utils.config import flatten_dict
 
+from anomalib_spg.components.files import digest_of
+
 _FOLDER = "local-dir:"  # timm's word for a folder with a backbone
 
 
@@ -48,8 +50,4 @@ def _digest(path: Path) -> str:
 
 @cache
 def _digest_of_state(path: Path, *_state: int) -> str:
-    with path.open("rb") as file:
-        whole = hashlib.sha256()
-        while block := file.read(2**20):
-            whole.update(block)
-        return whole.hexdigest()
+    return digest_of(path)

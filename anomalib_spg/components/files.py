@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Atomic writing of files, and safetensors files with a header."""
+"""Atomic writing of files, digests of what they hold, and safetensors files with a header."""
 
+import hashlib
 import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
@@ -44,6 +45,28 @@ def atomic_write(path: str | Path) -> Generator[Path, None, None]:
     finally:
         with suppress(OSError):  # the original error says more
             temporary.unlink(missing_ok=True)
+
+
+def digest_of(path: str | Path) -> str:
+    """Digest what a file holds, however large it is.
+
+    Args:
+        path (str | Path): File.
+
+    Returns:
+        str: SHA-256, 64 hexadecimal digits.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile() as file:
+        ...     digest_of(file.name)
+        'e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855'
+    """
+    whole = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(2**20):
+            whole.update(block)
+    return whole.hexdigest()
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], header: dict[str, str]) -> None:

@@ -2,7 +2,6 @@
 
 """A few normal images: drawn with the seed, so that only they are ever decoded."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -10,6 +9,8 @@ from typing import Literal
 import torch
 from anomalib.data import AnomalibDataset, PredictDataset
 from anomalib.data.utils import get_image_filenames
+
+from .files import digest_of
 
 AUTO = 32  # images that "auto" draws: measured, more hardly help
 
@@ -108,9 +109,9 @@ def copies(paths: Sequence[str]) -> dict[str, str]:
             by_size.setdefault(Path(path).stat().st_size, []).append(path)
     found: dict[str, str] = {}
     for of_size in (group for group in by_size.values() if len(group) > 1):
-        first: dict[bytes, str] = {}
+        first: dict[str, str] = {}
         for path in of_size:
-            digest = hashlib.sha256(Path(path).read_bytes()).digest()
+            digest = digest_of(path)
             if first.setdefault(digest, path) != path:
                 found[path] = first[digest]
     return found
@@ -125,8 +126,7 @@ def short_digest(path: str | Path) -> str:
     Returns:
         str: 8 hexadecimal digits, which tell the images of a dataset apart; empty if there is no such file.
     """
-    path = Path(path)
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:8] if path.is_file() else ""
+    return digest_of(path)[:8] if Path(path).is_file() else ""
 
 
 def image_labels(dataset: AnomalibDataset) -> list[tuple[str, int]]:
