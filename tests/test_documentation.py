@@ -13,7 +13,10 @@ from anomalib.cli.cli import AnomalibCLI
 from torch import nn
 
 from anomalib_lake import LAKE
+from anomalib_spg import GuideSettings
+from anomalib_spg.guides import read_guides
 from anomalib_spg.synthesis import AnomalySynthesizer
+from anomalib_spg.torch_model import STAGE_2
 from tests.helpers import REPOSITORY, TINY, data, engine
 
 READMES = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("*/README.md"))]
@@ -77,9 +80,10 @@ def test_a_rule_of_ones_own(quickstart: Path, mvtec: Path, tmp_path: Path, monke
 
 
 @pytest.mark.slow
-def test_a_dictionary_of_ones_own(quickstart: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The guides are made of its atoms, and tell what is drawn from what is not."""
-    monkeypatch.chdir(quickstart.parent)
+def test_a_dictionary_of_ones_own(quickstart: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guides are made of its atoms, and tell what is drawn from what is not; their file says what is known."""
+    (tmp_path / "quickstart").symlink_to(quickstart)
+    monkeypatch.chdir(tmp_path)
     images, masks = AnomalySynthesizer()(torch.rand(6, 3, 448, 448))
     dictionary = torch.randn(200, 384)
     names = run("anomalib_spg", "train_guides", images=images, masks=masks, dictionary=dictionary)
@@ -89,3 +93,6 @@ def test_a_dictionary_of_ones_own(quickstart: Path, monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(guides.atoms, expected)
     marked = masks.flatten(1).any(dim=1)
     assert names["scores"][marked].min() > names["scores"][~marked].max()
+    tensors, metadata = read_guides(tmp_path / "guides.safetensors")
+    assert metadata["settings"] == {name: getattr(GuideSettings(ema_warmup=True), name) for name in STAGE_2}
+    assert torch.equal(tensors["0.vectors"], guides.vectors)
