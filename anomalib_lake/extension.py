@@ -16,14 +16,17 @@ from .bank import NormalityBank, average_neighbors, k_center_greedy, stride_of
 from .torch_model import LAKEModel, check_finite, joined
 
 MOST = 24  # new images that are compared with all the others; until then their tokens are kept
+# How many times its size a bank may have then (ours): what it knew keeps its tokens, so that no score rises by it.
+GROWTH = 2
 
 
 class Extension:
     """Takes good images into the banks of a fitted model, which stays as it is otherwise.
 
     The neurons, and the distances that count as 1, stay those of the images the model was fitted on: of these no more
-    is known than what the banks hold. So a patch deviates from a larger bank at most as much as before, and no image's
-    score rises, as long as there is room. A bank that outgrows its ``bank_size`` is thinned to a coreset.
+    is known than what the banks hold. A bank may grow to twice its ``bank_size`` by further images; until then it keeps
+    all its tokens, a patch deviates at most as much as before, and no image's score rises. Beyond, it is thinned to a
+    coreset of that size.
 
     Args:
         model (LAKEModel): Fitted model.
@@ -118,7 +121,7 @@ class Extension:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Thin banks that have outgrown their size, and forget the tokens."""
+        """Thin banks that have outgrown twice their size, and forget the tokens."""
         self._kept = []
         with torch.inference_mode(mode=False):
             for banks in self.model.banks:
@@ -169,18 +172,18 @@ def earlier_images(model: LAKEModel, checkpoint: str | Path) -> dict[int, bytes]
 
 
 def _append(bank: NormalityBank, tokens: torch.Tensor, patches: torch.Tensor, numbers: torch.Tensor) -> None:
-    """Add tokens ``(M, K)`` of patches ``(M,)``, as many of each image; in between a bank may hold twice its size."""
+    """Add tokens ``(M, K)`` of patches ``(M,)``, as many of each image; in between a bank holds twice what it keeps."""
     bank.tokens = torch.cat([bank.tokens, tokens])
     bank.image_indices = torch.cat([bank.image_indices, numbers.repeat_interleave(len(tokens) // len(numbers))])
     bank.patch_indices = torch.cat([bank.patch_indices, patches])
-    if bank.size is not None and len(bank.tokens) > 2 * bank.size:
+    if bank.size is not None and len(bank.tokens) > 2 * GROWTH * bank.size:
         _thin(bank)
 
 
 def _thin(bank: NormalityBank) -> None:
-    """Reduce a bank to a coreset of its size."""
-    if bank.size is None or len(bank.tokens) <= bank.size:
+    """Reduce a bank to a coreset of the size that it may have."""
+    if bank.size is None or len(bank.tokens) <= GROWTH * bank.size:
         return
-    coreset, _ = k_center_greedy(bank.tokens, bank.size)
+    coreset, _ = k_center_greedy(bank.tokens, GROWTH * bank.size)
     for name in ("tokens", "image_indices", "patch_indices"):
         setattr(bank, name, getattr(bank, name)[coreset])

@@ -5,10 +5,10 @@
     python -m anomalib_spg.quickstart
     python -m tests.benchmarks.lake_extension
 
-LAKE is fitted on 4 good images of the quickstart's textile, 24 others set the threshold. Then the textile changes: it
-is turned by 90 degrees, or darker. Ten good images of the changed textile are taken in, as ``--model.extend`` does.
-Good and bad images of both kinds, which neither fit nor threshold have seen, are decided on before and after. Each
-passes the backbone once.
+LAKE is fitted on 4 good images of the quickstart's textile (``--fitted``), and 28 set the threshold, those it is fitted
+on by what each scores against the others. Then the textile changes: it is turned by 90 degrees, or darker. Ten good
+images of the changed textile are taken in, as ``--model.extend`` does. Good and bad images of both kinds, which neither
+fit nor threshold have seen, are decided on before and after. Each passes the backbone once.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def scores(model: LAKEModel, tokens: Tokens) -> torch.Tensor:
     """Raw scores."""
     model.eval()
     found = [model._predict(model.structural_deviation(own, grid), None, grid, SIZE) for own, grid in tokens]
-    return torch.cat([result.pred_score for result in found])
+    return torch.cat([result.pred_score for result in found]) if found else torch.empty(0)
 
 
 def threshold(held_out: torch.Tensor, learned: torch.Tensor | None = None) -> float:
@@ -79,21 +79,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quickstart", type=Path, default=Path("quickstart"))
     parser.add_argument("--images", type=int, default=40, help="tested good and bad images of each kind")
+    parser.add_argument("--fitted", type=int, default=4, help="good images it is fitted on, at most 28")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     model = LAKEModel(BACKBONE, weights=arguments.quickstart / "dinov2_vits14.safetensors", image_size=SIZE)
     textile = Textile(arguments.quickstart / "textile", model)
     drawn = torch.randperm(40).tolist()
-    model.train()(textile.images("train/good", drawn[:4]))
+    model.train()(textile.images("train/good", drawn[: arguments.fitted]))
     learned = model.fit().pred_score
-    held_out = textile.tokens("train/good", drawn[4:28])
+    held_out = textile.tokens("train/good", drawn[arguments.fitted : 28])
     tested = range(TAKEN, TAKEN + arguments.images)
     kinds = {c: [textile.tokens(f"test/{kind}", tested, c) for kind in ("good", "defect")] for c in CHANGES}
     before = threshold(scores(model, held_out), learned)
     print("| textile | good parts rejected | bad parts accepted | image AUROC |\n|---|---|---|---|")
     for change in list(CHANGES)[1:]:
         larger = copy.deepcopy(model)
-        extension = Extension(larger, first=4)
+        extension = Extension(larger, first=arguments.fitted)
         extension.add(textile.images("test/good", range(TAKEN), change))
         new = extension.left_out().pred_score
         extension.finish()
@@ -105,7 +106,7 @@ def main() -> None:
             "the same, threshold as before": before,
         }
         for shown in ("unchanged", change):
-            for own, limits in ((model, {"4 images": before}), (larger, rules)):
+            for own, limits in ((model, {f"{arguments.fitted} images": before}), (larger, rules)):
                 good, bad = (scores(own, tokens) for tokens in kinds[shown])
                 auroc = roc_auc_score([0] * len(good) + [1] * len(bad), torch.cat([good, bad]))
                 for name, limit in limits.items():

@@ -86,15 +86,21 @@ def test_scores_of_the_new_images() -> None:
 
 
 def test_a_bank_that_is_full() -> None:
-    """Stays within its size, with tokens of old and new images."""
-    model = torch_model(torch.randn(4, 3, 64, 64), bank_size=40)
+    """Keeps what it knows until it has twice its size, with tokens of old and new images; so no score rises."""
+    old, others = torch.randn(4, 3, 64, 64), torch.randn(3, 3, 64, 64)
+    model = torch_model(old, bank_size=40)
+    bank = model.banks[0][0]
+    known, before = bank.tokens, model(torch.cat([old, others])).pred_score
     extension = Extension(model)
-    for _ in range(3):
+    for index in range(6):
         extension.add(torch.randn(2, 3, 64, 64))
-        assert len(model.banks[0][0].tokens) <= 80
+        assert len(bank.tokens) <= 160
+        if index == 0:  # with its 32 tokens there is room
+            torch.testing.assert_close(bank.tokens[:40], known)
+            assert (model(torch.cat([old, others])).pred_score <= before + 1e-6).all()
     extension.finish()
-    assert len(model.banks[0][0].tokens) == len(model.banks[0][0].patch_indices) == 40
-    assert {0, 9} <= set(model.banks[0][0].image_indices.tolist()) <= set(range(10))
+    assert len(bank.tokens) == len(bank.patch_indices) == 80
+    assert {0, 15} <= set(bank.image_indices.tolist()) <= set(range(16))
 
 
 def test_an_empty_bank_or_nothing_to_add() -> None:
