@@ -431,6 +431,8 @@ def test_earlier_predictions_stay(tiny: SPG, tmp_path: Path) -> None:
         numbered = folder.with_name(folder.name + end)
         assert [path.name for path in (numbered / "pictures").iterdir()] == [f"00000_{name}.jpg"]
         assert (numbered / "index.html").is_file()
+    pictures = sorted(path.relative_to(folder.parent).as_posix() for path in folder.parent.glob("images*/**/*.png"))
+    assert [path.split("/")[0] for path in pictures] == ["images", "images", "images_of_predictions_3"]
     assert "/b.png" in (folder.parent / "predictions_3.csv").read_text()
 
 
