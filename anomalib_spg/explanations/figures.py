@@ -81,10 +81,11 @@ def plot_explanation(
     title: str | None = None,
     shown_map: torch.Tensor | None = None,
     words: str = "",
+    mask: torch.Tensor | None = None,
 ) -> Figure:
     """Show why an image has its score.
 
-    Left: the image and its heatmap, with a square around the deciding patch. Middle: the parts that add most, and where
+    Left: the image and its heatmap, with a square around the deciding patch and the outlines of defects. Middle: the parts that add most, and where
     in the image. Right: for atoms their max-activating training patches, for LAKE the deciding patch and the nearest
     normal one. Below: the sum that makes the score.
 
@@ -98,6 +99,7 @@ def plot_explanation(
         title (str | None): First line. ``None`` says raw score and decision.
         shown_map (torch.Tensor | None): Anomaly map ``(H, W)`` of shown scores. ``None`` takes the raw one.
         words (str): The decision in plain words, see :func:`.words.in_words`, above the sum. Defaults to none.
+        mask (torch.Tensor | None): Where the defects are ``(H, W)``, to outline them. Defaults to none.
 
     Returns:
         Figure: 12 (without examples 6.5) inches wide, about 8 high with five parts.
@@ -127,11 +129,17 @@ def plot_explanation(
     left, right = columns[0].subgridspec(2, 1), columns[2]
     grid = (explanation.maps.shape[1], explanation.maps.shape[2])
     box = patch_box(explanation.peak, grid, patch_size, CUT)
+    is_outlined = mask is not None and bool(mask.any())
     for row, (shown, name) in enumerate((
-        (picture, "image, and the patch that decides"),
+        (
+            picture,
+            "image, what decides framed, defects outlined" if is_outlined else "image, and the patch that decides",
+        ),
         (heatmap(picture, explanation.anomaly_map if shown_map is None else shown_map), "anomaly map"),
     )):
         axes = show(figure.add_subplot(left[row]), shown, name)
+        if mask is not None:
+            outline(axes, mask)
         axes.add_patch(Rectangle((box[1], box[0]), box[2], box[2], fill=False, color="white", linewidth=2))
         axes.add_patch(Rectangle((box[1], box[0]), box[2], box[2], fill=False, color=FOR, linewidth=1))
     rows = columns[1].subgridspec(max(parts, 1), 2, width_ratios=(1, 1.6))
@@ -239,6 +247,23 @@ def show(axes: Axes, picture: np.ndarray, title: str) -> Axes:
     axes.set_xticks([])
     axes.set_yticks([])
     return axes
+
+
+def outline(axes: Axes, mask: torch.Tensor) -> None:
+    """Draw around the places of a mask, white on black, which shows on every picture.
+
+    Args:
+        axes (Axes): Axes that show the picture.
+        mask (torch.Tensor): Mask ``(H, W)``; an empty one draws nothing.
+    """
+    if not mask.any():
+        return
+    padded = np.pad(mask.bool().cpu().numpy(), 1).astype(float)  # places at the border are closed, too
+    limits = axes.axis()
+    x, y = (np.arange(-1, length - 1) for length in (padded.shape[1], padded.shape[0]))
+    for colour, width in (("black", 2.2), ("white", 0.9)):
+        axes.contour(x, y, padded, levels=[0.5], colors=colour, linewidths=width)
+    axes.axis(limits)
 
 
 def strip(cuts: Sequence[np.ndarray]) -> np.ndarray:

@@ -248,6 +248,7 @@ class ExplanationVisualizer(ImageVisualizer):
         score, threshold, raw_threshold = _shown(model, batch, index)
         picture = to_picture(cast("torch.Tensor", batch.image)[index], backbone.mean, backbone.std)
         shown_map = cast("torch.Tensor", batch.anomaly_map)[index].detach().float().squeeze().cpu()
+        mask = None if batch.pred_mask is None else cast("torch.Tensor", batch.pred_mask)[index].squeeze().cpu()
         found = defects_of(batch, index)
         below = (0, 0)
         if isinstance(model.post_processor, GoodPartsPostProcessor):
@@ -264,6 +265,7 @@ class ExplanationVisualizer(ImageVisualizer):
             title=decision(score, threshold, rejected),
             shown_map=shown_map,
             words=words,
+            mask=mask,
         )
         # File names may be equal in two folders, not valid in a URL, or as long as the file system allows.
         number = len(self._records) * trainer.world_size + trainer.global_rank

@@ -65,3 +65,22 @@ def test_in_the_picture() -> None:
     figure = plot_explanation(explanation(), torch.zeros(72, 72, 3).byte().numpy(), patch_size=8, words=words)
     caption = figure.get_supxlabel()
     assert " ".join(caption.split()).startswith(f"{words} Raw score: ")
+
+
+@pytest.mark.parametrize("mask", [slice(20, 30), slice(0, 72), slice(72, 80)], ids=["inside", "all of it", "empty"])
+def test_what_is_called_outlined_is_outlined(mask: slice) -> None:
+    """On the image and on its map, up to the border; without a defect there is no line."""
+    pixels = torch.zeros(72, 72, dtype=torch.bool)
+    pixels[mask, mask] = True
+    plots = [
+        plot_explanation(explanation(), torch.zeros(72, 72, 3).byte().numpy(), patch_size=8, mask=given).axes[:2]
+        for given in (pixels, None)
+    ]
+    for axes, plain in zip(*plots, strict=True):
+        assert axes.axis() == plain.axis()
+        assert len(axes.collections) == 2 * bool(pixels.any())
+        for line in axes.collections:
+            corners = line.get_paths()[0].vertices
+            assert corners.min() == pytest.approx(mask.start - 0.5, abs=0.01)
+            assert corners.max() == pytest.approx(mask.stop - 0.5, abs=0.01)
+    assert ("outlined" in plots[0][0].get_title()) == bool(pixels.any())
