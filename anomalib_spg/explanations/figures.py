@@ -82,12 +82,13 @@ def plot_explanation(
     shown_map: torch.Tensor | None = None,
     words: str = "",
     mask: torch.Tensor | None = None,
+    pixel_aspect: float = 1.0,
 ) -> Figure:
     """Show why an image has its score.
 
-    Left: the image and its heatmap, with a square around the deciding patch and the outlines of defects. Middle: the parts that add most, and where
-    in the image. Right: for atoms their max-activating training patches, for LAKE the deciding patch and the nearest
-    normal one. Below: the sum that makes the score.
+    Left: the image and its heatmap, with a square around the deciding patch, and the outlines of defects. Middle: the
+    parts that add most, and where in the image. Right: for atoms their max-activating training patches, for
+    LAKE the deciding patch and the nearest normal one. Below: the sum that makes the score.
 
     Args:
         explanation (Explanation): What :meth:`SPG.explain` or :meth:`LAKE.explain` returns.
@@ -100,6 +101,8 @@ def plot_explanation(
         shown_map (torch.Tensor | None): Anomaly map ``(H, W)`` of shown scores. ``None`` takes the raw one.
         words (str): The decision in plain words, see :func:`.words.in_words`, above the sum. Defaults to none.
         mask (torch.Tensor | None): Where the defects are ``(H, W)``, to outline them. Defaults to none.
+        pixel_aspect (float): Width over height of what a pixel of the picture shows; other than 1 where the image was
+            squeezed, see :func:`.pre_processor.pixel_aspect`. Defaults to 1.
 
     Returns:
         Figure: 12 (without examples 6.5) inches wide, about 8 high with five parts.
@@ -137,7 +140,7 @@ def plot_explanation(
         ),
         (heatmap(picture, explanation.anomaly_map if shown_map is None else shown_map), "anomaly map"),
     )):
-        axes = show(figure.add_subplot(left[row]), shown, name)
+        axes = show(figure.add_subplot(left[row]), shown, name, pixel_aspect)
         if mask is not None:
             outline(axes, mask)
         axes.add_patch(Rectangle((box[1], box[0]), box[2], box[2], fill=False, color="white", linewidth=2))
@@ -155,7 +158,8 @@ def plot_explanation(
         axes.axis("off")
         axes.text(0, 0.72, name, fontsize=9, va="center", fontweight="bold", color=FOR)
         axes.text(0, 0.28, share, fontsize=8, va="center")
-        show(figure.add_subplot(rows[row, 1]), overlay(picture, explanation.maps[part], patch_size, maximum), "")
+        where = overlay(picture, explanation.maps[part], patch_size, maximum)
+        show(figure.add_subplot(rows[row, 1]), where, "", pixel_aspect)
         if cuts[row]:
             axes = figure.add_subplot(strips[row])
             show(axes, strip(cuts[row]), "max-activating training patches" if row == 0 else "")
@@ -163,7 +167,7 @@ def plot_explanation(
         pair = right.subgridspec(2, 1)
         own = crop(picture, explanation.peak, grid, patch_size, max(CUT, compared + 2), outline=compared)
         name = "patch" if compared == 1 else f"window of {compared} x {compared} patches"
-        show(figure.add_subplot(pair[0]), own, f"the {name} that decides, and around it")
+        show(figure.add_subplot(pair[0]), own, f"the {name} that decides, and around it", pixel_aspect)
         show(figure.add_subplot(pair[1]), nearest, f"the nearest normal {name}, and around it")
     caption = filter(None, (words, sentence(explanation, top, threshold)))
     figure.supxlabel("\n".join(fill(line, 150 if has_right else 80) for line in caption), fontsize=9)
@@ -231,18 +235,19 @@ def sentence(explanation: Explanation, top: Sequence[int], threshold: float | No
     return f"Raw score: {' '.join(words)} = {explanation.score:.3f}{limit}"
 
 
-def show(axes: Axes, picture: np.ndarray, title: str) -> Axes:
+def show(axes: Axes, picture: np.ndarray, title: str, pixel_aspect: float = 1.0) -> Axes:
     """Put a picture into axes, without ticks.
 
     Args:
         axes (Axes): Axes to draw in.
         picture (np.ndarray): Picture ``(H, W, 3)``, 8 bits.
         title (str): Title.
+        pixel_aspect (float): Width over height of what a pixel shows. Defaults to 1.
 
     Returns:
         Axes: The axes.
     """
-    axes.imshow(picture)
+    axes.imshow(picture, aspect=1 / pixel_aspect)
     axes.set_title(title, fontsize=9)
     axes.set_xticks([])
     axes.set_yticks([])
