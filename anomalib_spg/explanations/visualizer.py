@@ -343,7 +343,11 @@ class ExplanationVisualizer(ImageVisualizer):
         }
         with _naming(self._folder):
             _write_records(self._folder, run)
-        logger.info("%d images explained: open %s.", len(records), write_report(self._folder))
+        page = write_report(self._folder)
+        if records:
+            logger.info("%d images explained: open %s.", len(records), page)
+        else:
+            logger.info("No image was rejected, so none is explained.")
 
     on_predict_end = on_test_end
 

@@ -4,6 +4,7 @@
 
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -474,6 +475,20 @@ def test_earlier_predictions_stay(tiny: SPG, tmp_path: Path) -> None:
     pictures = sorted(path.relative_to(folder.parent).as_posix() for path in folder.parent.glob("images*/**/*.png"))
     assert [path.split("/")[0] for path in pictures] == ["images", "images", "images_of_predictions_3"]
     assert "/b.png" in (folder.parent / "predictions_3.csv").read_text()
+
+
+def test_where_none_is_rejected_none_is_explained(tiny: SPG, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody is sent to an empty page."""
+    Image.new("RGB", (50, 50)).save(tmp_path / "x.png")
+    for scores, words in ((0.9, "No image was rejected, so none is explained."), (0.1, "1 images explained: open ")):
+        caplog.clear()
+        tiny.post_processor._forget()
+        tiny.post_processor.add_good(torch.linspace(scores, scores + 0.01, 9))
+        tiny.post_processor.place_thresholds()
+        with caplog.at_level(logging.INFO):
+            explain_predictions(tiny, tmp_path / "out", tmp_path / "x.png")
+        assert words in caplog.text
+        assert ("index.html" in caplog.text) == words.endswith("open ")
 
 
 def test_a_second_test_replaces_the_first(tiny: SPG, mvtec: Path, tmp_path: Path) -> None:
