@@ -409,6 +409,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
                     paths, own = batch.image_path or [], self.model.backbone
                     aspects = [pixel_aspect(self.pre_processor, paths[index]) for index in new if paths]
                     self.examples.add(images, own.mean, own.std, start, new_names, aspects)
+                    self.examples.drawn = not labelled
         return self.no_loss()
 
     def fit(self) -> None:

@@ -98,6 +98,7 @@ class Examples:
         patches (dict[tuple[int, int], list[tuple[int, int]]]): For a block and an atom, images and the
             max-activating patches in them, the highest first.
         learned (str): :func:`digest` of the model they belong to; empty before it has learned.
+        drawn (bool): Whether synthetic anomalies are drawn on the images.
 
     Example:
         >>> examples = Examples(patch_size=8)
@@ -113,6 +114,7 @@ class Examples:
         self.grid: tuple[int, int] = (0, 0)
         self.patches: dict[tuple[int, int], list[tuple[int, int]]] = {}
         self.learned = ""
+        self.drawn = False
         self._seen = 0
         self._sources: dict[int, str] = {}
         self._random = np.random.default_rng(0)
@@ -243,7 +245,7 @@ class Examples:
         for (block, atom), places in self.patches.items():
             tensors[f"atom.{block}.{atom}"] = torch.tensor(places)
         try:
-            save_tensors(path, tensors, {"format": FILE_FORMAT, "learned": self.learned})
+            save_tensors(path, tensors, {"format": FILE_FORMAT, "learned": self.learned, "drawn": str(self.drawn)})
         except OSError as exception:
             logger.warning("Explanations will lack examples: could not write '%s' (%s).", path, exception)
             return None
@@ -283,6 +285,7 @@ class Examples:
         examples = cls(patch_size=patch_size)
         examples.grid = tuple(grid)
         examples.learned = header.get("learned", "")
+        examples.drawn = header.get("drawn") == "True"
         for name, tensor in tensors.items():
             kind, *numbers = name.split(".")
             if kind == "image":

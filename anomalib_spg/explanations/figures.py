@@ -162,7 +162,8 @@ def plot_explanation(
         show(figure.add_subplot(rows[row, 1]), where, "", pixel_aspect)
         if cuts[row]:
             axes = figure.add_subplot(strips[row])
-            show(axes, strip(cuts[row]), "max-activating training patches" if row == 0 else "")
+            drawn = " (with drawn anomalies)" if examples is not None and examples.drawn else ""
+            show(axes, strip(cuts[row]), f"max-activating training patches{drawn}" if row == 0 else "")
     if nearest is not None:
         pair = right.subgridspec(2, 1)
         own = crop(picture, explanation.peak, grid, patch_size, max(CUT, compared + 2), outline=compared)

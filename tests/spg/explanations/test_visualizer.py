@@ -383,8 +383,8 @@ def test_photographs_are_not_squeezed(tiny: SPG, tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("model", [LAKE, SPG])
-def test_kept_images_know_their_proportions(model: type[LAKE] | type[SPG], tmp_path: Path) -> None:
-    """Of the file, for training patches and the nearest normal patch."""
+def test_what_kept_images_know(model: type[LAKE] | type[SPG], tmp_path: Path) -> None:
+    """Of the file, for training patches and the nearest normal patch; and whether anomalies are drawn on them."""
     for number in range(8):
         path = tmp_path / "in" / "good" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -396,6 +396,7 @@ def test_kept_images_know_their_proportions(model: type[LAKE] | type[SPG], tmp_p
     examples = Examples.load(next(tmp_path.rglob("examples.safetensors")))
     assert examples.images
     assert all(examples.crop(number, 0, window=3).shape == (48, 144, 3) for number in examples.images)
+    assert examples.drawn == (model is SPG)
 
 
 def test_predicted_images_are_of_the_product_that_was_learned(mvtec: Path, tmp_path: Path) -> None:

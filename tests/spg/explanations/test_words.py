@@ -106,3 +106,15 @@ def test_panels_have_the_proportions_of_the_image(unit: str, aspect: float) -> N
     right = [4 * aspect + 0.3] if unit == "atom" else [aspect] * 2  # four cuts of 40 pixels a side, and gaps of 4
     assert [box.width / box.height for box in boxes] == pytest.approx([aspect] * 3 + right, rel=0.02)
     assert not any(box.count_overlaps([other]) for box in boxes for other in boxes if other is not box)
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_drawn_anomalies_are_called_so(drawn: bool) -> None:
+    """In the title of the training patches, where the images are known to have them."""
+    examples = Examples(patch_size=8)
+    examples.add(torch.rand(1, 3, 72, 72), [0.5] * 3, [0.5] * 3)
+    examples.patches[1, 1] = [(0, 30)]
+    examples.drawn = drawn
+    figure = plot_explanation(explanation("atom"), torch.zeros(72, 72, 3).byte().numpy(), examples, patch_size=8)
+    title = "max-activating training patches" + " (with drawn anomalies)" * drawn
+    assert title in [axes.get_title() for axes in figure.axes]
