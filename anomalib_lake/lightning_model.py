@@ -19,9 +19,7 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import nn
-from torchvision.transforms.v2 import Resize
 
 from anomalib_spg.components.backbone import Tokens
 from anomalib_spg.components.checkpoint import check_identity
@@ -29,6 +27,7 @@ from anomalib_spg.components.held_out import ENOUGH, MOST, choose, good_validati
 from anomalib_spg.components.lightning import FrozenBackboneMixin, check_seed
 from anomalib_spg.components.normal_images import AUTO, copies, draw_normal_images, image_labels
 from anomalib_spg.components.post_processor import GoodPartsPostProcessor
+from anomalib_spg.components.pre_processor import pixel_aspect
 from anomalib_spg.components.threshold import Prior
 from anomalib_spg.explanations.examples import Examples
 from anomalib_spg.explanations.explanation import Explanation
@@ -334,24 +333,14 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             learn(images)
         else:  # images of one batch may have been of several shapes
             for image, path in zip(images, batch.image_path or [""] * len(images), strict=True):
-                self.model.pixel_aspect = self._pixel_aspect(path)
+                self.model.pixel_aspect = pixel_aspect(self.pre_processor, path)
                 learn(image[None])
         if self._extension is not None:
             self._taken += batch.image_path or []
         if self.examples is not None:
-            self.examples.add(images, self.model.backbone.mean, self.model.backbone.std, start)
+            aspects = [pixel_aspect(self.pre_processor, path) for path in batch.image_path or []]
+            self.examples.add(images, self.model.backbone.mean, self.model.backbone.std, start, aspects=aspects)
         return self.no_loss()
-
-    def _pixel_aspect(self, path: str) -> float:
-        """Width over height of what a pixel shows of an image that is resized to a given shape."""
-        transform = getattr(self.pre_processor, "transform", None)
-        steps = getattr(transform, "transforms", [transform])
-        sizes = [step.size for step in steps if isinstance(step, Resize) and len(step.size) == 2]
-        if not path or not sizes:
-            return 1.0
-        with Image.open(path) as file:
-            width, height = file.size
-        return width / height * sizes[0][0] / sizes[0][1]  # a crop that follows squeezes nothing
 
     def fit(self) -> None:
         """Choose the sensitive neurons and fill the banks from the stored tokens, or take new ones into the banks."""

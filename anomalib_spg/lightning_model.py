@@ -27,6 +27,7 @@ from .components.checkpoint import check_identity
 from .components.held_out import ENOUGH, MOST, choose, good_validation_images
 from .components.lightning import FrozenBackboneMixin, check_seed
 from .components.normal_images import image_labels, short_digest
+from .components.pre_processor import pixel_aspect
 from .components.precision import full_precision
 from .components.threshold import Prior
 from .explain import explain
@@ -405,7 +406,10 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
                 start = len(self.model.store)
                 self.model(images, masks, labels, new_names)
                 if self.examples is not None:
-                    self.examples.add(images, self.model.backbone.mean, self.model.backbone.std, start, new_names)
+                    paths, own = batch.image_path or [], self.model.backbone
+                    aspects = [pixel_aspect(self.pre_processor, paths[index]) for index in new if paths]
+                    self.examples.add(images, own.mean, own.std, start, new_names, aspects)
+                    self.examples.drawn = not labelled
         return self.no_loss()
 
     def fit(self) -> None:

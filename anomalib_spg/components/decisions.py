@@ -40,6 +40,22 @@ def numbered(name: str, number: int) -> str:
     return name if number == 1 else f"{path.stem}_{number}{path.suffix}"
 
 
+def next_number(folder: Path) -> int:
+    """Number of the predictions whose table would be the next in a results folder.
+
+    Args:
+        folder (Path): Results folder.
+
+    Returns:
+        int: Number, from 1.
+
+    Example:
+        >>> next_number(Path("a folder without predictions"))
+        1
+    """
+    return next(number for number in count(1) if not (folder / numbered(FILE, number)).exists())
+
+
 class DecisionTable(Callback):
     """After predictions, write ``predictions.csv`` to the results folder, and say how many images are rejected.
 
@@ -109,7 +125,7 @@ class DecisionTable(Callback):
             return
         table = pd.DataFrame(rows).drop_duplicates("image", keep="first")  # processes may share images unevenly
         folder = Path(trainer.default_root_dir)
-        path = next(path for number in count(1) if not (path := folder / numbered(FILE, number)).exists())
+        path = folder / numbered(FILE, next_number(folder))
         try:
             with atomic_write(path) as temporary:
                 table.to_csv(temporary, index=False, errors="backslashreplace")  # names of files may be no valid UTF-8

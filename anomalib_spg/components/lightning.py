@@ -27,7 +27,7 @@ from .evaluator import default_evaluator
 from .export import ExactExports
 from .held_out import batches
 from .normal_images import image_labels
-from .pictures import LogPictures
+from .pictures import KeepPictures, LogPictures
 from .post_processor import GoodPartsPostProcessor
 from .pre_processor import default_pre_processor
 from .precision import check_precision
@@ -142,6 +142,7 @@ class FrozenBackboneMixin(ExactExports):
         return [
             *(callbacks if isinstance(callbacks, Sequence) else [callbacks]),
             DecisionTable(),
+            KeepPictures(),
             LogPictures(),
             _RestoreTrainingSet(),
             _CheckProduct(),

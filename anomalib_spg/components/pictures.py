@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pictures for TensorBoard, MLflow and W&B, through anomalib's loggers, to which anomalib 2.7 gives none itself."""
+"""Where anomalib's pictures go: to a folder for each prediction, and to TensorBoard, MLflow and W&B.
+
+anomalib 2.7 has each prediction overwrite the pictures of the one before, and gives its loggers none.
+"""
 
 import logging
 import re
@@ -13,9 +16,52 @@ from anomalib.loggers.base import ImageLoggerBase
 from anomalib.visualization import ImageVisualizer
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from .decisions import next_number, numbered
+
 logger = logging.getLogger(__name__)
 
+FOLDER = "images"  # anomalib's, in the results folder
+PREDICTIONS = "images_of_predictions"  # from the second prediction on, with its number
+
 MOST = 200  # pictures of a run: a dashboard of thousands is slow, and all of them are in the results folder
+
+
+class KeepPictures(Callback):
+    """Have the pictures of later predictions go to a folder of their own, so that those of earlier ones are kept.
+
+    Tests and the first prediction write to anomalib's ``images/``, later predictions to the number of their table:
+    ``images_of_predictions_2/`` beside ``predictions_2.csv``. A visualizer with an ``output_dir`` of its own keeps it.
+    """
+
+    def __init__(self) -> None:
+        self._set: list[ImageVisualizer] = []
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Name the folder."""
+        del pl_module
+        results = Path(trainer.default_root_dir)
+        number = next_number(results) if trainer.predicting else 1
+        folder = results / (FOLDER if number == 1 else numbered(PREDICTIONS, number))
+        callbacks: Any = getattr(trainer, "callbacks", ())
+        for visualizer in callbacks:
+            if isinstance(visualizer, ImageVisualizer) and visualizer.output_dir is None:
+                visualizer.output_dir = folder
+                self._set.append(visualizer)
+
+    on_predict_start = on_test_start
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the visualizer as it was: the next run has another folder."""
+        del trainer, pl_module
+        while self._set:
+            self._set.pop().output_dir = None
+
+    on_predict_end = on_test_end
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the visualizer as it was."""
+        del exception
+        self.on_test_end(trainer, pl_module)
 
 
 class LogPictures(Callback):

@@ -7,6 +7,8 @@ from typing import Any
 
 from anomalib.pre_processing import PreProcessor
 from anomalib.pre_processing.utils.transform import convert_center_crop_transform
+from PIL import Image
+from torch import nn
 from torchvision.transforms.v2 import Compose, Normalize, Resize, Transform
 
 from .backbone import default_image_size, pretrained_config
@@ -62,3 +64,27 @@ def default_pre_processor(backbone: str, image_size: tuple[int, int] | None = No
             Normalize(mean=list(config["mean"]), std=list(config["std"])),
         ]),
     )
+
+
+def pixel_aspect(pre_processor: nn.Module | None, path: str) -> float:
+    """Say how a pre-processor squeezes an image that it resizes to a given shape.
+
+    Args:
+        pre_processor (nn.Module | None): Pre-processor, of anomalib's kind.
+        path (str): File of the image.
+
+    Returns:
+        float: Width over height of what a pixel shows; 1 where nothing is squeezed, or there is no name of a file.
+
+    Example:
+        >>> pixel_aspect(None, "part.png")
+        1.0
+    """
+    transform = getattr(pre_processor, "transform", None)
+    steps = getattr(transform, "transforms", [transform])
+    sizes = [step.size for step in steps if isinstance(step, Resize) and len(step.size) == 2]
+    if not path or not sizes:
+        return 1.0
+    with Image.open(path) as file:  # reads the header only
+        width, height = file.size
+    return width / height * sizes[0][0] / sizes[0][1]  # a crop that follows squeezes nothing

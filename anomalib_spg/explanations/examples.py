@@ -63,6 +63,25 @@ def digest(model: torch.nn.Module) -> str:
     return hashed.hexdigest()[:16]
 
 
+def in_proportion(picture: np.ndarray, pixel_aspect: float) -> np.ndarray:
+    """Widen or narrow a picture of an image that was squeezed, so that it has the image's proportions.
+
+    Args:
+        picture (np.ndarray): Picture ``(H, W, 3)``, 8 bits.
+        pixel_aspect (float): Width over height of what a pixel shows.
+
+    Returns:
+        np.ndarray: Picture of the same height.
+
+    Example:
+        >>> in_proportion(np.zeros((8, 8, 3), np.uint8), pixel_aspect=1.5).shape
+        (8, 12, 3)
+    """
+    height, width = picture.shape[:2]
+    wanted = max(1, round(width * pixel_aspect))
+    return picture if wanted == width else np.asarray(Image.fromarray(picture).resize((wanted, height)))
+
+
 class Examples:
     """A bounded random sample of the training images, as JPEG, and each atom's max-activating patches in them.
 
@@ -79,6 +98,7 @@ class Examples:
         patches (dict[tuple[int, int], list[tuple[int, int]]]): For a block and an atom, images and the
             max-activating patches in them, the highest first.
         learned (str): :func:`digest` of the model they belong to; empty before it has learned.
+        drawn (bool): Whether synthetic anomalies are drawn on the images.
 
     Example:
         >>> examples = Examples(patch_size=8)
@@ -94,6 +114,7 @@ class Examples:
         self.grid: tuple[int, int] = (0, 0)
         self.patches: dict[tuple[int, int], list[tuple[int, int]]] = {}
         self.learned = ""
+        self.drawn = False
         self._seen = 0
         self._sources: dict[int, str] = {}
         self._random = np.random.default_rng(0)
@@ -105,6 +126,7 @@ class Examples:
         std: Sequence[float],
         start: int | None = None,
         names: Sequence[str] | None = None,
+        aspects: Sequence[float] | None = None,
     ) -> None:
         """Sample from a batch.
 
@@ -114,6 +136,8 @@ class Examples:
             std (Sequence[float]): Standard deviation of each channel.
             start (int | None): Number of the first image. ``None`` continues the count.
             names (Sequence[str] | None): Names of the images; what follows the last ``#`` numbers views of one image.
+            aspects (Sequence[float] | None): Width over height of what a pixel of each image shows, other than 1 where
+                it was squeezed; kept as the pixel density of the JPEG file. ``None`` is 1.
         """
         start = self._seen if start is None else start
         self.grid = (-(-images.shape[-2] // self.patch_size), -(-images.shape[-1] // self.patch_size))
@@ -124,8 +148,10 @@ class Examples:
                 if place >= self.limit:
                     continue
                 del self.images[sorted(self.images)[place]]
+            aspect = aspects[number - start] if aspects else 1.0
+            density = (1000, min(max(round(1000 * aspect), 1), 65535))  # across and down; JPEG's has 16 bits
             file = io.BytesIO()
-            Image.fromarray(to_picture(image, mean, std)).save(file, "JPEG", quality=90)
+            Image.fromarray(to_picture(image, mean, std)).save(file, "JPEG", quality=90, dpi=density)
             self.images[number] = file.getvalue()
             if names:
                 self._sources[number] = names[number - start].rpartition("#")[0] or names[number - start]
@@ -177,13 +203,17 @@ class Examples:
             outline (int): Side of the outlined square around the patch, in patches, odd. Defaults to 1, the patch.
 
         Returns:
-            np.ndarray | None: Picture of ``window * patch_size`` a side with the patch outlined, smaller if the image
-                has fewer patches; ``None`` if the image was not kept.
+            np.ndarray | None: Picture with the patch outlined, ``window * patch_size`` high, less if the image has
+                fewer patches, and as wide as the proportions of the image ask for; ``None`` if it was not kept.
         """
         if number not in self.images:
             return None
-        picture = np.asarray(Image.open(io.BytesIO(self.images[number])))
-        return crop(picture, divmod(patch, self.grid[1]), self.grid, self.patch_size, window, outline)
+        image = Image.open(io.BytesIO(self.images[number]))
+        across, down = image.info.get("jfif_density", (1, 1))
+        place = divmod(patch, self.grid[1])
+        return in_proportion(
+            crop(np.asarray(image), place, self.grid, self.patch_size, window, outline), down / max(across, 1)
+        )
 
     def of(self, block: int, atom: int, window: int = 5) -> list[np.ndarray]:
         """Cut out the example patches of an atom; none if there are none.
@@ -215,7 +245,7 @@ class Examples:
         for (block, atom), places in self.patches.items():
             tensors[f"atom.{block}.{atom}"] = torch.tensor(places)
         try:
-            save_tensors(path, tensors, {"format": FILE_FORMAT, "learned": self.learned})
+            save_tensors(path, tensors, {"format": FILE_FORMAT, "learned": self.learned, "drawn": str(self.drawn)})
         except OSError as exception:
             logger.warning("Explanations will lack examples: could not write '%s' (%s).", path, exception)
             return None
@@ -255,6 +285,7 @@ class Examples:
         examples = cls(patch_size=patch_size)
         examples.grid = tuple(grid)
         examples.learned = header.get("learned", "")
+        examples.drawn = header.get("drawn") == "True"
         for name, tensor in tensors.items():
             kind, *numbers = name.split(".")
             if kind == "image":

@@ -81,12 +81,14 @@ def plot_explanation(
     title: str | None = None,
     shown_map: torch.Tensor | None = None,
     words: str = "",
+    mask: torch.Tensor | None = None,
+    pixel_aspect: float = 1.0,
 ) -> Figure:
     """Show why an image has its score.
 
-    Left: the image and its heatmap, with a square around the deciding patch. Middle: the parts that add most, and where
-    in the image. Right: for atoms their max-activating training patches, for LAKE the deciding patch and the nearest
-    normal one. Below: the sum that makes the score.
+    Left: the image and its heatmap, with a square around the deciding patch, and the outlines of defects. Middle: the
+    parts that add most, and where in the image. Right: for atoms their max-activating training patches, for
+    LAKE the deciding patch and the nearest normal one. Below: the sum that makes the score.
 
     Args:
         explanation (Explanation): What :meth:`SPG.explain` or :meth:`LAKE.explain` returns.
@@ -98,6 +100,9 @@ def plot_explanation(
         title (str | None): First line. ``None`` says raw score and decision.
         shown_map (torch.Tensor | None): Anomaly map ``(H, W)`` of shown scores. ``None`` takes the raw one.
         words (str): The decision in plain words, see :func:`.words.in_words`, above the sum. Defaults to none.
+        mask (torch.Tensor | None): Where the defects are ``(H, W)``, to outline them. Defaults to none.
+        pixel_aspect (float): Width over height of what a pixel of the picture shows; other than 1 where the image was
+            squeezed, see :func:`.pre_processor.pixel_aspect`. Defaults to 1.
 
     Returns:
         Figure: 12 (without examples 6.5) inches wide, about 8 high with five parts.
@@ -127,11 +132,17 @@ def plot_explanation(
     left, right = columns[0].subgridspec(2, 1), columns[2]
     grid = (explanation.maps.shape[1], explanation.maps.shape[2])
     box = patch_box(explanation.peak, grid, patch_size, CUT)
+    is_outlined = mask is not None and bool(mask.any())
     for row, (shown, name) in enumerate((
-        (picture, "image, and the patch that decides"),
+        (
+            picture,
+            "image, what decides framed, defects outlined" if is_outlined else "image, and the patch that decides",
+        ),
         (heatmap(picture, explanation.anomaly_map if shown_map is None else shown_map), "anomaly map"),
     )):
-        axes = show(figure.add_subplot(left[row]), shown, name)
+        axes = show(figure.add_subplot(left[row]), shown, name, pixel_aspect)
+        if mask is not None:
+            outline(axes, mask)
         axes.add_patch(Rectangle((box[1], box[0]), box[2], box[2], fill=False, color="white", linewidth=2))
         axes.add_patch(Rectangle((box[1], box[0]), box[2], box[2], fill=False, color=FOR, linewidth=1))
     rows = columns[1].subgridspec(max(parts, 1), 2, width_ratios=(1, 1.6))
@@ -147,15 +158,17 @@ def plot_explanation(
         axes.axis("off")
         axes.text(0, 0.72, name, fontsize=9, va="center", fontweight="bold", color=FOR)
         axes.text(0, 0.28, share, fontsize=8, va="center")
-        show(figure.add_subplot(rows[row, 1]), overlay(picture, explanation.maps[part], patch_size, maximum), "")
+        where = overlay(picture, explanation.maps[part], patch_size, maximum)
+        show(figure.add_subplot(rows[row, 1]), where, "", pixel_aspect)
         if cuts[row]:
             axes = figure.add_subplot(strips[row])
-            show(axes, strip(cuts[row]), "max-activating training patches" if row == 0 else "")
+            drawn = " (with drawn anomalies)" if examples is not None and examples.drawn else ""
+            show(axes, strip(cuts[row]), f"max-activating training patches{drawn}" if row == 0 else "")
     if nearest is not None:
         pair = right.subgridspec(2, 1)
         own = crop(picture, explanation.peak, grid, patch_size, max(CUT, compared + 2), outline=compared)
         name = "patch" if compared == 1 else f"window of {compared} x {compared} patches"
-        show(figure.add_subplot(pair[0]), own, f"the {name} that decides, and around it")
+        show(figure.add_subplot(pair[0]), own, f"the {name} that decides, and around it", pixel_aspect)
         show(figure.add_subplot(pair[1]), nearest, f"the nearest normal {name}, and around it")
     caption = filter(None, (words, sentence(explanation, top, threshold)))
     figure.supxlabel("\n".join(fill(line, 150 if has_right else 80) for line in caption), fontsize=9)
@@ -223,22 +236,40 @@ def sentence(explanation: Explanation, top: Sequence[int], threshold: float | No
     return f"Raw score: {' '.join(words)} = {explanation.score:.3f}{limit}"
 
 
-def show(axes: Axes, picture: np.ndarray, title: str) -> Axes:
+def show(axes: Axes, picture: np.ndarray, title: str, pixel_aspect: float = 1.0) -> Axes:
     """Put a picture into axes, without ticks.
 
     Args:
         axes (Axes): Axes to draw in.
         picture (np.ndarray): Picture ``(H, W, 3)``, 8 bits.
         title (str): Title.
+        pixel_aspect (float): Width over height of what a pixel shows. Defaults to 1.
 
     Returns:
         Axes: The axes.
     """
-    axes.imshow(picture)
+    axes.imshow(picture, aspect=1 / pixel_aspect)
     axes.set_title(title, fontsize=9)
     axes.set_xticks([])
     axes.set_yticks([])
     return axes
+
+
+def outline(axes: Axes, mask: torch.Tensor) -> None:
+    """Draw around the places of a mask, white on black, which shows on every picture.
+
+    Args:
+        axes (Axes): Axes that show the picture.
+        mask (torch.Tensor): Mask ``(H, W)``; an empty one draws nothing.
+    """
+    if not mask.any():
+        return
+    padded = np.pad(mask.bool().cpu().numpy(), 1).astype(float)  # places at the border are closed, too
+    limits = axes.axis()
+    x, y = (np.arange(-1, length - 1) for length in (padded.shape[1], padded.shape[0]))
+    for colour, width in (("black", 2.2), ("white", 0.9)):
+        axes.contour(x, y, padded, levels=[0.5], colors=colour, linewidths=width)
+    axes.axis(limits)
 
 
 def strip(cuts: Sequence[np.ndarray]) -> np.ndarray:

@@ -19,7 +19,7 @@ from anomalib.data import ImageBatch
 from anomalib.post_processing import PostProcessor
 from anomalib.visualization import ImageVisualizer
 from lightning.pytorch import LightningModule, Trainer
-from PIL import Image, ImageOps
+from PIL import Image
 
 from anomalib_spg.components.backbone import Tokens
 from anomalib_spg.components.decisions import FILE, numbered
@@ -28,6 +28,7 @@ from anomalib_spg.components.hub import beside, local_file
 from anomalib_spg.components.lightning import category_of
 from anomalib_spg.components.pictures import MOST, log_picture
 from anomalib_spg.components.post_processor import GoodPartsPostProcessor
+from anomalib_spg.components.pre_processor import pixel_aspect
 from anomalib_spg.components.regions import defects_of
 
 from .examples import EXAMPLES, Examples, digest, to_picture
@@ -248,6 +249,8 @@ class ExplanationVisualizer(ImageVisualizer):
         score, threshold, raw_threshold = _shown(model, batch, index)
         picture = to_picture(cast("torch.Tensor", batch.image)[index], backbone.mean, backbone.std)
         shown_map = cast("torch.Tensor", batch.anomaly_map)[index].detach().float().squeeze().cpu()
+        aspect = pixel_aspect(model.pre_processor, str(source))
+        mask = None if batch.pred_mask is None else cast("torch.Tensor", batch.pred_mask)[index].squeeze().cpu()
         found = defects_of(batch, index)
         below = (0, 0)
         if isinstance(model.post_processor, GoodPartsPostProcessor):
@@ -264,6 +267,8 @@ class ExplanationVisualizer(ImageVisualizer):
             title=decision(score, threshold, rejected),
             shown_map=shown_map,
             words=words,
+            mask=mask,
+            pixel_aspect=aspect,
         )
         # File names may be equal in two folders, not valid in a URL, or as long as the file system allows.
         number = len(self._records) * trainer.world_size + trainer.global_rank
@@ -271,8 +276,9 @@ class ExplanationVisualizer(ImageVisualizer):
         figure.savefig(self._folder / "pictures" / file, dpi=DPI, pil_kwargs={"quality": 85})
         if trainer.loggers and number < MOST:
             log_picture(trainer, np.asarray(Image.open(self._folder / "pictures" / file)), source, "explanations")
-        shown = heatmap(picture, shown_map)
-        thumbnail = ImageOps.contain(Image.fromarray(shown), (THUMBNAIL, THUMBNAIL))
+        shape = picture.shape[1] * aspect / picture.shape[0]  # width over height
+        size = [max(1, round(THUMBNAIL * min(1, side))) for side in (shape, 1 / shape)]
+        thumbnail = Image.fromarray(heatmap(picture, shown_map)).resize((size[0], size[1]))
         thumbnail.save(self._folder / "thumbnails" / file, quality=85)
         shares, top = explanation.shares, explanation.top(self.parts)
         others, rest = explanation.others(top)
@@ -337,7 +343,11 @@ class ExplanationVisualizer(ImageVisualizer):
         }
         with _naming(self._folder):
             _write_records(self._folder, run)
-        logger.info("%d images explained: open %s.", len(records), write_report(self._folder))
+        page = write_report(self._folder)
+        if records:
+            logger.info("%d images explained: open %s.", len(records), page)
+        else:
+            logger.info("No image was rejected, so none is explained.")
 
     on_predict_end = on_test_end
 

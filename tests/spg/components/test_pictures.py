@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pictures in real local stores of TensorBoard, MLflow and W&B; the latter two only where they are installed."""
+"""Folders of pictures, and pictures in local stores of TensorBoard, MLflow and W&B, the latter two where installed."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from anomalib.loggers import AnomalibMLFlowLogger, AnomalibTensorBoardLogger, AnomalibWandbLogger
 from anomalib.loggers.base import ImageLoggerBase
+from anomalib.visualization import ImageVisualizer
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
@@ -21,7 +23,7 @@ from tests.helpers import TINY, data, engine
 def fitted(mvtec: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint."""
     run = engine(tmp_path_factory.mktemp("fitted"))
-    run.fit(model=build(visualizer=False), datamodule=data(mvtec))
+    run.fit(model=build(visualizer=True), datamodule=data(mvtec))
     return Path(run.best_model_path)
 
 
@@ -114,3 +116,57 @@ def test_not_more_than_a_dashboard_holds(
     recorder.names = ()
     engine(tmp_path, logger=recorder).test(build(visualizer=False), datamodule=data(mvtec), ckpt_path=str(fitted))
     assert recorder.names == ()
+
+
+class Small(ImageVisualizer):
+    """A user's own."""
+
+    def __init__(self) -> None:
+        super().__init__(field_size=(64, 64))
+
+
+@pytest.mark.parametrize("visualizer", [True, Small(), ExplanationVisualizer()], ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize("one_object", [True, False])
+def test_pictures_of_earlier_predictions_stay(
+    visualizer: ImageVisualizer | bool, one_object: bool, fitted: Path, mvtec: Path, tmp_path: Path
+) -> None:
+    """Those of later ones have the number of their table, for an object that has predicted before, and a new one."""
+    given = [mvtec / "brick/test/hole" / f"{number:03}.png" for number in range(3)]
+    folders = ("images", "images_of_predictions_2", "images_of_predictions_3")
+    model = build(visualizer=visualizer)
+    for path in given:
+        engine(tmp_path).predict(model, data_path=path, ckpt_path=str(fitted))
+        model = model if one_object else build(visualizer=visualizer)
+    results = next(tmp_path.rglob("predictions_3.csv")).parent
+    for folder, path in zip(folders, given, strict=True):
+        assert [found.name for found in (results / folder).rglob("*.*")] == [path.name]
+    assert given[1].as_posix() in (results / "predictions_2.csv").read_text()
+
+
+def test_pictures_of_tests_and_of_an_own_folder(fitted: Path, mvtec: Path, tmp_path: Path) -> None:
+    """A test between predictions writes to images/, as ever; a folder that the visualizer is given is its own."""
+    model = build(visualizer=True)
+    engine(tmp_path).predict(model, datamodule=data(mvtec), ckpt_path=str(fitted))
+    results = next(tmp_path.rglob("predictions.csv")).parent
+    for _ in range(2):
+        shutil.rmtree(results / "images")
+        engine(tmp_path).test(model, datamodule=data(mvtec), ckpt_path=str(fitted))
+        assert len(list((results / "images").rglob("*.png"))) == 8
+    assert not list(results.glob("images_of_predictions*"))
+    engine(tmp_path).predict(model, datamodule=data(mvtec), ckpt_path=str(fitted))
+    assert len(list((results / "images_of_predictions_2").rglob("*.png"))) == 8
+    model = build(visualizer=ImageVisualizer(output_dir=tmp_path / "own"))
+    engine(tmp_path).predict(model, datamodule=data(mvtec), ckpt_path=str(fitted))
+    assert len(list((tmp_path / "own").rglob("*.png"))) == 8
+    assert not (results / "images_of_predictions_3").exists()
+
+
+def test_an_interrupted_prediction_leaves_the_visualizer_as_it_was(
+    fitted: Path, mvtec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one, which may write elsewhere, is not bound to its folder."""
+    model = build(visualizer=True)
+    monkeypatch.setattr(LAKE, "predict_step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine(tmp_path).predict(model, data_path=mvtec / "brick/test/hole/000.png", ckpt_path=str(fitted))
+    assert model.visualizer.output_dir is None

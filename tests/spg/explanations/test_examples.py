@@ -90,6 +90,18 @@ def test_cuts_stay_inside_and_outline_the_patch() -> None:
     assert examples.crop(1, patch=0) is None
 
 
+def test_cuts_have_the_proportions_of_their_image(tmp_path: Path) -> None:
+    """What was squeezed to a square is wide or tall again, also from a file and however extreme; the patch with it."""
+    examples = Examples(patch_size=8)
+    examples.add(torch.zeros(5, 3, 64, 64), MEAN, STD, aspects=[2.0, 0.5, 1.0, 1e-5, 1e5])
+    examples = Examples.load(examples.save(tmp_path / "examples.safetensors"))
+    cuts = [examples.crop(number, patch=18, window=3) for number in range(5)]
+    assert [cut.shape[:2] for cut in cuts[:4]] == [(24, 48), (24, 12), (24, 24), (24, 1)]
+    assert cuts[4].shape[1] > 1000
+    blue = cuts[0][..., 2] < 40  # as the outline has it, and the grey has not
+    assert (np.ptp(np.nonzero(blue)[0]) + 1, np.ptp(np.nonzero(blue)[1]) + 1) == (8, pytest.approx(16, abs=2))
+
+
 def test_what_is_learned_does_not_depend_on_them() -> None:
     """Guides are bit-identical with and without examples."""
     vectors = []

@@ -4,6 +4,7 @@
 
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from anomalib.data import InferenceBatch
+from anomalib.data import Folder, InferenceBatch
 from anomalib.data.utils import read_image
 from lightning.pytorch.callbacks import LambdaCallback
 from PIL import Image
@@ -357,6 +358,47 @@ def test_scores_are_those_of_the_table(tiny: SPG, tmp_path: Path) -> None:
         assert total == pytest.approx(record["raw_score"], abs=1e-5)
 
 
+def test_photographs_are_not_squeezed(tiny: SPG, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures and thumbnails have the proportions of the file, and what the words call outlined is."""
+    drawn = []
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        drawn.append(kwargs)
+        return plot_explanation(*args, **kwargs)
+
+    monkeypatch.setattr("anomalib_spg.explanations.visualizer.plot_explanation", record)
+    sizes = {"a": (160, 120), "b": (60, 120), "c": (90, 90), "d": (2000, 3)}
+    for name, size in sizes.items():
+        Image.effect_noise(size, 90).convert("RGB").save(tmp_path / f"{name}.png")
+    tiny.post_processor.add_good(torch.linspace(0.2, 0.3, 9), torch.linspace(0.2, 0.3, 900).reshape(9, 10, 10))
+    tiny.post_processor.place_thresholds()
+    records = explain_predictions(tiny, tmp_path / "out", tmp_path)
+    folder = next((tmp_path / "out").rglob("explanations_of_predictions"))
+    shown = [Image.open(folder / record["thumbnail"]).size for record in records]
+    assert shown == [(224, 168), (112, 224), (224, 224), (224, 1)]
+    shapes = [width / height for width, height in sizes.values()]
+    assert [kwargs["pixel_aspect"] for kwargs in drawn] == pytest.approx(shapes)
+    assert any(record["defects"] for record in records)
+    assert [bool(kwargs["mask"].any()) for kwargs in drawn] == ["outlined as" in record["words"] for record in records]
+
+
+@pytest.mark.parametrize("model", [LAKE, SPG])
+def test_what_kept_images_know(model: type[LAKE] | type[SPG], tmp_path: Path) -> None:
+    """Of the file, for training patches and the nearest normal patch; and whether anomalies are drawn on them."""
+    for number in range(8):
+        path = tmp_path / "in" / "good" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((120, 40), 60).convert("RGB").save(path)
+    few = {"views": 2, "num_atoms": 32, "k": 4, "sae_epochs": 1, "guide_epochs": 1, "layers": [5]}
+    small = {"backbone": TINY, "pre_trained": False, "image_size": 64} | (few if model is SPG else {})
+    given = Folder("part", root=tmp_path / "in", normal_dir="good", num_workers=0)
+    engine(tmp_path / "out").fit(model(**small, visualizer=ExplanationVisualizer()), datamodule=given)
+    examples = Examples.load(next(tmp_path.rglob("examples.safetensors")))
+    assert examples.images
+    assert all(examples.crop(number, 0, window=3).shape == (48, 144, 3) for number in examples.images)
+    assert examples.drawn == (model is SPG)
+
+
 def test_predicted_images_are_of_the_product_that_was_learned(mvtec: Path, tmp_path: Path) -> None:
     """A checkpoint knows it; the folders of the images are no category."""
     arguments = {"backbone": TINY, "pre_trained": False, "image_size": 64, "visualizer": ExplanationVisualizer("all")}
@@ -431,7 +473,23 @@ def test_earlier_predictions_stay(tiny: SPG, tmp_path: Path) -> None:
         numbered = folder.with_name(folder.name + end)
         assert [path.name for path in (numbered / "pictures").iterdir()] == [f"00000_{name}.jpg"]
         assert (numbered / "index.html").is_file()
+    pictures = sorted(path.relative_to(folder.parent).as_posix() for path in folder.parent.glob("images*/**/*.png"))
+    assert [path.split("/")[0] for path in pictures] == ["images", "images", "images_of_predictions_3"]
     assert "/b.png" in (folder.parent / "predictions_3.csv").read_text()
+
+
+def test_where_none_is_rejected_none_is_explained(tiny: SPG, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody is sent to an empty page."""
+    Image.new("RGB", (50, 50)).save(tmp_path / "x.png")
+    for scores, words in ((0.9, "No image was rejected, so none is explained."), (0.1, "1 images explained: open ")):
+        caplog.clear()
+        tiny.post_processor._forget()
+        tiny.post_processor.add_good(torch.linspace(scores, scores + 0.01, 9))
+        tiny.post_processor.place_thresholds()
+        with caplog.at_level(logging.INFO):
+            explain_predictions(tiny, tmp_path / "out", tmp_path / "x.png")
+        assert words in caplog.text
+        assert ("index.html" in caplog.text) == words.endswith("open ")
 
 
 def test_a_second_test_replaces_the_first(tiny: SPG, mvtec: Path, tmp_path: Path) -> None:
