@@ -972,8 +972,8 @@ ORDER = [
     *section(
         "predict before fit",
         lambda case, kind: predict(case, case.good(2), build(kind)),
-        ("LAKE", lambda _: LAKE, Error(RuntimeError, "no normality bank yet.*train it")),
-        ("SPG", lambda _: SPG, Error(RuntimeError, "no guides yet.*train it")),
+        ("LAKE", lambda _: LAKE, Error(RuntimeError, "no normality bank yet.*train it.*--ckpt_path")),
+        ("SPG", lambda _: SPG, Error(RuntimeError, "no guides yet.*train it.*--ckpt_path")),
     ),
     *section(
         "export before fit",
