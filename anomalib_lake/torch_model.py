@@ -313,7 +313,7 @@ class LAKEModel(nn.Module):
         if self.training:
             return self._store(images)
         if not torch.compiler.is_compiling() and not self.is_fitted:
-            msg = "LAKE has no normality bank yet. Train it on a few normal images first."
+            msg = "LAKE has no normality bank yet. Train it on a few normal images, or give a checkpoint (--ckpt_path)."
             raise RuntimeError(msg)
         tokens, grid = self.tokens(images)
         return self.score(tokens, grid, (images.shape[-2], images.shape[-1]))

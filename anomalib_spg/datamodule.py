@@ -31,7 +31,8 @@ class AuxiliaryTarget(AnomalibDataModule):
     """Labelled auxiliary data for training, and target data unseen in training for validation and testing.
 
     The training set is the auxiliary dataset's test split, which holds the anomalous images and their masks (as
-    published). Validation and test set are those of the target datamodule, unchanged.
+    published). Validation and test set are those of the target datamodule, unchanged. Nothing is learned from the
+    target's good training images; where the validation set has few good ones, they help to set the threshold (ours).
 
     Args:
         auxiliary (str): Name of an image datamodule of anomalib, for instance ``"Visa"``.
@@ -45,6 +46,9 @@ class AuxiliaryTarget(AnomalibDataModule):
         num_workers (int): Worker processes that read images. Defaults to 8.
         seed (int | None): Seed of both datamodules' random splits, unless their arguments have one. ``None`` takes the
             process's. Defaults to ``None``.
+
+    Attributes:
+        good_data (AnomalibDataset): After the set-up, the target's training images.
 
     Raises:
         ValueError: If a datamodule is unknown, an anomalous auxiliary image has no mask or one of another size, all of
@@ -139,6 +143,7 @@ class AuxiliaryTarget(AnomalibDataModule):
             set_up(datamodule, seed=self.seed)
         self.train_data = _concatenate([evaluated_images(datamodule) for datamodule in self.auxiliaries])
         _check(self.train_data)
+        self.good_data = self.target.train_data
         if hasattr(self.target, "val_data"):  # a target may have none: val_split_mode="none"
             self.val_data = self.target.val_data
         self.test_data = evaluated_images(self.target)

@@ -244,8 +244,9 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         """Seed, refuse an empty training set, and hold good images out.
 
         Of normal training images ``hold_out`` are not learned from, unless validation has enough good images. With a
-        guides file, from which nothing is learned, all are that its guides were not learned from. Fewer than 8 are all
-        learned from. Where few are held out, those learned from help to place the threshold.
+        guides file, from which nothing is learned, all are that its guides were not learned from; so are those that
+        :class:`AuxiliaryTarget` has of its target. Fewer than 8 are all learned from. Where few are held out, those
+        learned from help to place the threshold.
 
         Args:
             stage (str): Stage of the trainer.
@@ -269,19 +270,24 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             self._hold_out(datamodule)
 
     def _hold_out(self, datamodule: Any) -> None:  # noqa: ANN401  # any of anomalib's datamodules
-        dataset = datamodule.train_data
         self.held_out, self._learned = None, None
-        if self._is_labelled(dataset) or good_validation_images(datamodule) >= ENOUGH:
+        dataset, labelled = datamodule.train_data, None
+        if self._is_labelled(dataset):  # AuxiliaryTarget has good parts of the target beside them
+            dataset, labelled = getattr(datamodule, "good_data", None), dataset
+        if not dataset or self._is_labelled(dataset) or good_validation_images(datamodule) >= ENOUGH:
             return
-        known: list[int] = []  # to the guides file
+        learns = self.learns and labelled is None
+        passed = {path for path, _ in image_labels(labelled)} if self.learns and labelled is not None else set()
+        known: list[int] = []  # to the guides, or to those of the file that they go on from
         new: list[int] = []
         for index, (path, _) in enumerate(image_labels(dataset)):
-            (known if self._known and short_digest(path) in self._known else new).append(index)
+            is_known = path in passed or (self._known and short_digest(path) in self._known)
+            (known if is_known else new).append(index)
 
         def chosen(indices: list[int], count: int) -> list[int]:  # by the first process, whose seed may be another
             return self.trainer.strategy.broadcast(choose(indices, count))
 
-        if self.learns:
+        if learns:
             holds_out = len(dataset) >= FEWEST and self.hold_out > 0
             held_out = chosen(new, min(MOST, max(1, int(len(dataset) * self.hold_out)))) if holds_out else []
             learned = sorted(set(range(len(dataset))) - set(held_out))
@@ -292,7 +298,7 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             self._learned = dataset.subsample(learned) if learned and len(held_out) < ENOUGH else None
         else:
             self._learned = dataset.subsample(chosen(learned, MOST))
-        if self.learns and held_out:
+        if learns and held_out:
             self.swap_training_set(dataset.subsample(learned))
 
     def on_train_start(self) -> None:

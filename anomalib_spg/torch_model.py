@@ -188,7 +188,7 @@ class SPGModel(nn.Module):
             return self._store(images, masks, labels, names, size)
         tokens = self.backbone(images)
         if not torch.compiler.is_compiling() and not self.is_fitted:
-            msg = "SPG has no guides yet. Train it, or give a guides file: SPG(guides_file=<file>)."
+            msg = "SPG has no guides yet. Train it, or give a checkpoint (--ckpt_path), or SPG(guides_file=<file>)."
             raise RuntimeError(msg)
         with full_precision(images.device):
             return self._predict(tokens, size)

@@ -18,17 +18,29 @@ import onnxruntime
 from PIL import Image
 
 
+def read(path: str) -> np.ndarray:
+    """Read an image as ``(H, W, 3)`` in [0, 1]."""
+    picture = Image.open(path)
+    if picture.mode[0] in "IF":
+        msg = "it has more than 8 bits a pixel, convert it as the images that the model was fitted on"
+        raise ValueError(msg)
+    return np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+
+
 def main(model: str, *paths: str) -> None:
     """Print the decision on each image, and save its heatmap in the folder ``heatmaps``."""
     places = [Path(os.path.normpath(Path(path).absolute())) for path in paths]
     top = os.path.commonpath([place.parent for place in places] or ["."])
     session = onnxruntime.InferenceSession(model)
     names = [output.name for output in session.get_outputs()]
+    failed = 0
     for path, place in zip(paths, places, strict=True):
-        picture = Image.open(path)
-        if picture.mode[0] in "IF":
-            sys.exit(f"{path} has more than 8 bits a pixel. Convert it as the images that the model was fitted on.")
-        pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255  # (H, W, 3) in [0, 1]
+        try:
+            pixels = read(path)
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            print(f"{path}: not decided, it cannot be read: {error}", file=sys.stderr)
+            failed += 1
+            continue
         image = pixels.transpose(2, 0, 1)[None]  # (1, 3, H, W)
         result = dict(zip(names, session.run(None, {session.get_inputs()[0].name: image}), strict=True))
         decision = "rejected" if result["pred_label"].item() else "accepted"
@@ -38,6 +50,8 @@ def main(model: str, *paths: str) -> None:
         target = Path("heatmaps", place.relative_to(top).with_name(f"{place.name}.png"))
         target.parent.mkdir(parents=True, exist_ok=True)
         heatmap.resize((pixels.shape[1], pixels.shape[0])).save(target)
+    if failed:
+        sys.exit(f"{failed} of {len(paths)} files are not decided, see above.")
 
 
 if __name__ == "__main__":

@@ -22,18 +22,32 @@ def show(request: openvino.InferRequest, path: str) -> None:
     print(f"{path}: {'rejected' if label else 'accepted'}, score {score:.4f} (threshold 0.5)")
 
 
+def read(path: str) -> np.ndarray:
+    """Read an image as ``(H, W, 3)`` in [0, 1]."""
+    picture = Image.open(path)
+    if picture.mode[0] in "IF":
+        msg = "it has more than 8 bits a pixel, convert it as the images that the model was fitted on"
+        raise ValueError(msg)
+    return np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+
+
 def main(model: str, *paths: str) -> None:
     """Give the images to as many requests as suit the processor."""
     hint = "THROUGHPUT" if len(paths) > 1 else "LATENCY"
     requests = openvino.AsyncInferQueue(openvino.Core().compile_model(model, "AUTO", {"PERFORMANCE_HINT": hint}))
     requests.set_callback(show)
+    failed = 0
     for path in paths:
-        picture = Image.open(path)
-        if picture.mode[0] in "IF":
-            sys.exit(f"{path} has more than 8 bits a pixel. Convert it as the images that the model was fitted on.")
-        pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255  # (H, W, 3) in [0, 1]
+        try:
+            pixels = read(path)
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            print(f"{path}: not decided, it cannot be read: {error}", file=sys.stderr)
+            failed += 1
+            continue
         requests.start_async({0: pixels.transpose(2, 0, 1)[None]}, path)  # (1, 3, H, W)
     requests.wait_all()
+    if failed:
+        sys.exit(f"{failed} of {len(paths)} files are not decided, see above.")
 
 
 if __name__ == "__main__":

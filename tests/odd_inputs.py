@@ -449,6 +449,12 @@ def linked_folder(case: Case) -> Path:
     return case.folder / "link"
 
 
+def with_linked_folder(case: Case) -> Path:
+    """Images beside a link to a folder of others."""
+    (case.good(2, "images") / "linked").symlink_to(case.good(1, "other"), target_is_directory=True)
+    return case.folder / "images"
+
+
 def few(count: int) -> Callable[[Case], Path]:
     """So many good parts."""
     return lambda case: case.good(count)

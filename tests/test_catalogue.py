@@ -81,6 +81,7 @@ from tests.odd_inputs import (
     turned,
     weights_with,
     with_bad_parts,
+    with_linked_folder,
     with_numbers,
     without,
     without_header,
@@ -279,6 +280,8 @@ NAMES = [
         ("symbolic links", linked, PICTURED),
         ("a link to nothing", dangling, NAMED),
         ("a link that leads back", looped, PICTURED),
+        ("a link to another folder: left out, and named", with_linked_folder, PICTURED),
+        ("a suffix that anomalib does not know: left out, and named", named("a.png", "b.gif"), PICTURED),
         ("a folder called .png", folder_called_png, (PICTURED, NAMED)),
         ("what macOS leaves beside images", odd(lambda: b"\0\5\x16\7", "._odd.png"), NAMED),
     ),
@@ -969,8 +972,8 @@ ORDER = [
     *section(
         "predict before fit",
         lambda case, kind: predict(case, case.good(2), build(kind)),
-        ("LAKE", lambda _: LAKE, Error(RuntimeError, "no normality bank yet.*train it")),
-        ("SPG", lambda _: SPG, Error(RuntimeError, "no guides yet.*train it")),
+        ("LAKE", lambda _: LAKE, Error(RuntimeError, "no normality bank yet.*train it.*--ckpt_path")),
+        ("SPG", lambda _: SPG, Error(RuntimeError, "no guides yet.*train it.*--ckpt_path")),
     ),
     *section(
         "export before fit",

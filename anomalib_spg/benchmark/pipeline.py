@@ -58,6 +58,7 @@ from anomalib_spg.components.evaluator import benchmark_evaluator
 from anomalib_spg.components.files import atomic_write
 from anomalib_spg.components.post_processor import GoodPartsPostProcessor
 from anomalib_spg.components.raw_scores import RawScorePostProcessor
+from anomalib_spg.components.unreadable import datasets_of
 from anomalib_spg.datamodule import set_up
 from anomalib_spg.dataset_folders import check_category
 from anomalib_spg.settings import GuideSettings
@@ -115,7 +116,8 @@ class BenchmarkJob(Job):
             task_id (int | None): Unused; a job uses the first device that it sees.
 
         Returns:
-            dict[str, Any]: The row of the results: key, durations in seconds, configuration, metrics.
+            dict[str, Any]: The row of the results: key, durations in seconds, numbers of good and bad test images,
+                configuration, metrics.
         """
         del task_id
         start = time.time()
@@ -149,7 +151,10 @@ class BenchmarkJob(Job):
         durations = {"job_duration": end - start, "fit_duration": test_start - fit_start}
         durations |= {"test_duration": end - test_start}
         shared = {"guides": self.guides.name} if self.guides else {}
-        return {"job": self.key, **shared, **durations, **self.flat, **metrics, **versions()}
+        samples = [getattr(images, "samples", {}) for images in datasets_of(datamodule.test_dataloader())]
+        labels = [label for known in samples for label in known.get("label_index", ())]
+        tested = {"test_good": labels.count(0), "test_bad": labels.count(1)} if labels else {}
+        return {"job": self.key, **shared, **durations, **tested, **self.flat, **metrics, **versions()}
 
     def _build_model(self) -> AnomalibModule:
         config = self.config["model"]

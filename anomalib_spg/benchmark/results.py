@@ -22,7 +22,7 @@ from filelock import FileLock
 from anomalib_spg.components.files import atomic_write
 
 _PACKAGES = ("anomalib", "anomalib-spg-lake", "torch", "timm", "torchmetrics")
-_NUMBERS = ("job_duration", "fit_duration", "test_duration", "image_", "pixel_")
+_NUMBERS = ("job_duration", "fit_duration", "test_duration", "test_good", "test_bad", "image_", "pixel_")
 
 
 def versions() -> dict[str, str]:

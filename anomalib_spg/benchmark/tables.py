@@ -42,6 +42,8 @@ _OF_PRODUCT |= {f"{name}_split_{kind}" for name in ("normal", "test", "val") for
 _CONTENTS = "contents."  # before the name of an argument: the digest of the file that it names
 _SETTINGS = ("model.", "data.", _CONTENTS)
 _NONE = "\u2013"
+_TESTED = ["test_good", "test_bad"]  # numbers of test images; older results have none
+_FEW = 10  # good or bad test images below which a note says so
 
 
 class Table(NamedTuple):
@@ -60,9 +62,10 @@ def read_results(*paths: str | Path) -> pd.DataFrame:
         *paths (str | Path): Files ``results.csv``; a ``jobs.json`` beside one says what was asked for.
 
     Returns:
-        pd.DataFrame: Columns ``dataset``, ``category``, ``method``, ``seed``, ``done`` and the metrics, as shares of 1.
-            Jobs that were asked for and have no result are rows that are not ``done``. Where the same method, category
-            and seed occur more than once, the last row counts.
+        pd.DataFrame: Columns ``dataset``, ``category``, ``method``, ``seed``, ``done``, ``test_good`` and ``test_bad``,
+            which count test images, and the metrics, as shares of 1. Jobs that were asked for and have no result are
+            rows that are not ``done``. Where the same method, category and seed occur more than once, the last row
+            counts.
 
     Raises:
         ValueError: If a file does not exist, is no result of a benchmark, or holds none of the metrics.
@@ -91,7 +94,7 @@ def read_results(*paths: str | Path) -> pd.DataFrame:
     frame = pd.concat([*waiting, *parts], ignore_index=True).fillna("")  # of two with one name the last counts
     result = identify(frame)
     result["done"] = frame["done"] == "done"
-    for metric in METRICS:
+    for metric in [*_TESTED, *METRICS]:
         result[metric] = pd.to_numeric(frame.get(metric, ""), errors="coerce")
     result = result.drop_duplicates(["dataset", "category", "method", "seed"], keep="last")
     return result.sort_values("done", ascending=False, kind="stable", ignore_index=True)
@@ -189,7 +192,7 @@ def make_tables(results: pd.DataFrame) -> Iterator[Table]:
             notes.append(
                 "Means with * are over the seeds that have every category, or else over the categories there are."
             )
-        note = " ".join([_seeds(rows[rows["done"]]), *notes])
+        note = " ".join([_seeds(rows[rows["done"]]), *_few_images(rows[rows["done"]]), *notes])
         means = {key: _mean_over_categories(grid) for key, grid in grids.items()}
         means |= {key: f"{means[key]}*" for key in missing if means[key] != _NONE}
         count = f"mean over {len(categories)} categories" if len(categories) > 1 else str(categories[0])
@@ -215,6 +218,25 @@ def _seeds(done: pd.DataFrame) -> str:
         return f"Percentages of {counts[-1] or 'no'} seed."
     several = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return f"Percentages, mean ± standard deviation over {several} seeds."
+
+
+def _few_images(done: pd.DataFrame) -> list[str]:
+    """Say where values rest on few test images.
+
+    Example:
+        >>> _few_images(pd.DataFrame({"category": ["a", "b"], "test_good": [9, 1], "test_bad": [20, 5]}))
+        ['2 of 2 categories have fewer than 10 good or 10 bad test images, fewest b: 1 good, 5 bad.']
+        >>> _few_images(pd.DataFrame({"category": ["a"], "test_good": [10], "test_bad": [10]}))
+        []
+    """
+    fewest = done.reindex(columns=_TESTED).min(axis="columns")
+    few = done[fewest < _FEW]
+    if few.empty:
+        return []
+    least = few.loc[fewest[few.index].idxmin()]
+    counts = f"{few['category'].nunique()} of {done['category'].nunique()} categories have"
+    fewest_of = f"{least['category']}: {least['test_good']:.0f} good, {least['test_bad']:.0f} bad."
+    return [f"{counts} fewer than {_FEW} good or {_FEW} bad test images, fewest {fewest_of}"]
 
 
 def _mean_over_categories(grid: pd.DataFrame) -> str:

@@ -62,10 +62,11 @@ class DecisionTable(Callback):
     A row for each image: its path, shown score and threshold, ``rejected`` or ``accepted``, the share of it that is
     outlined, and the defects, the largest first, divided by ``;``: their boxes as ``left top right bottom`` in pixels
     of the image file, how many pixels they have, and their highest score. Contours: :func:`.regions.defects`. Pixels
-    count as they are stored, which is how anomalib reads them: a rotation that EXIF asks for is not applied, and a
-    warning says where viewers apply it. Where a score is not finite, the decision is ``rejected`` and the score empty.
-    An earlier table is kept: the next one is called ``predictions_2.csv``. Where something stops the predictions, such
-    as an image that cannot be read, the decisions on the images before it are written.
+    count as they are stored, which is how anomalib reads them: a rotation that EXIF asks for is not applied, so that a
+    part may lie otherwise than viewers show it, and a warning names such images. Where a score is not finite, the
+    decision is ``rejected`` and the score empty. An earlier table is kept: the next one is called
+    ``predictions_2.csv``. Where something stops the predictions, such as an image that cannot be read, the decisions on
+    the images before it are written.
     """
 
     def __init__(self) -> None:
@@ -134,13 +135,16 @@ class DecisionTable(Callback):
             raise OSError(msg) from exception
         rejected = int((table.decision == "rejected").sum())
         logger.info("%d of %d images rejected. Decisions: %s", rejected, len(table), path)
-        turned = [path for path in table.image[table.boxes != ""] if _is_turned(path)]
-        if turned:
+        turned = table[[_is_turned(path) for path in table.image]]
+        if len(turned):
+            refused = int((turned.decision == "rejected").sum())
             logger.warning(
-                "Viewers turn %d rejected images as EXIF asks for, anomalib does not: their boxes are in pixels as "
-                "stored, which is not where viewers show them: %s. Save images upright to avoid that.",
+                "Viewers turn %d images as EXIF asks for, anomalib does not: the model sees them as they are stored, "
+                "on their side for instance%s. Boxes are in pixels as stored, which is not where viewers show them: "
+                "%s. Save images upright to avoid that.",
                 len(turned),
-                ", ".join(turned[:5]),
+                f", which may be why {refused} of them are rejected" if refused else "",
+                ", ".join(turned.sort_values("decision", ascending=False, kind="stable").image[:5]),
             )
         broken = table.image[table.score.isna()].tolist()
         if broken:
@@ -153,6 +157,11 @@ class DecisionTable(Callback):
 
 
 def _is_turned(path: str) -> bool:
-    """Whether EXIF asks viewers to turn or mirror an image."""
-    with Image.open(path) as image:
-        return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    """Whether EXIF asks viewers to turn or mirror an image, if that is known without decoding it."""
+    try:
+        with Image.open(path) as image:
+            if image.format == "PNG" and "exif" not in image.info:  # PIL would look behind the pixels, too
+                return False
+            return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    except Exception:  # noqa: BLE001  # it may be gone by now, and PIL's decoders raise what they like
+        return False

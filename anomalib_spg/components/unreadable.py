@@ -4,17 +4,22 @@
 # ruff: noqa: PLR6301  # Lightning calls a callback's methods on the instance
 
 import logging
+import os
 import traceback
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+from anomalib.data import Folder
+from anomalib.data.utils.image import IMG_EXTENSIONS
 from lightning.pytorch import Callback, LightningModule, Trainer
-from PIL import Image
+from PIL import Image, ImageFile
 
 logger = logging.getLogger(__name__)
 
 SHOWN = 5  # files that a message names
+LOOKED_AT = 1000  # files with other suffixes than those of images that are looked at
 
 
 class CheckImages(Callback):
@@ -24,12 +29,16 @@ class CheckImages(Callback):
     white, and a model would learn from white images. Before a run only the files' headers are read (0.7 seconds for
     10,000 files, measured). A file whose header is sound can still be damaged, and PIL does not name it then; which one
     it is, is searched after the failure, and only if it came from reading.
+
+    Of a folder to predict, and of those of anomalib's ``Folder`` in training, what anomalib leaves out in silence is
+    named, too: see :func:`check_left_out`.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what is learned from, what sets the threshold, and the validation images."""
         held_out = getattr(pl_module, "held_out", None)
         check_images([*datasets_of(trainer.train_dataloader), held_out, *datasets_of(trainer.val_dataloaders)])
+        check_left_out(_folders_of(getattr(trainer, "datamodule", None)))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the images of a validation of its own; those of a training are checked at its start."""
@@ -45,7 +54,11 @@ class CheckImages(Callback):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the images that are predicted."""
         del pl_module
-        check_images(datasets_of(trainer.predict_dataloaders))
+        datasets = datasets_of(trainer.predict_dataloaders)
+        check_images(datasets)
+        # PredictDataset does not keep the folder, only its images; a single one may have been given by name.
+        several = [paths for data in datasets if len(paths := getattr(data, "image_filenames", ())) > 1]
+        check_left_out(os.path.commonpath([Path(path).parent for path in paths]) for paths in several)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Find the images that cannot be decoded, if reading one has failed.
@@ -115,6 +128,74 @@ def check_images(datasets: Iterable[Any]) -> None:
     ):
         if found:
             logger.warning("%d files %s: %s", len(found), text, _shown(found))
+
+
+def check_left_out(folders: Iterable[str | Path]) -> None:
+    """Warn of images in folders that anomalib does not find.
+
+    It does not follow folders that are links, and takes files by their suffix. Of files with other suffixes the headers
+    are read, of a thousand at most. A folder of 10,000 images takes 0.13 seconds, 10,000 other files 0.6 (measured).
+
+    Args:
+        folders (Iterable[str | Path]): Folders; one that does not exist is passed over.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Image.new("RGB", (8, 8)).save(f"{folder}/part.gif")
+        ...     check_left_out([folder])  # warns: 1 images are left out ...
+    """
+    links: list[str] = []
+    others: list[str] = []
+    for folder in folders:
+        root = Path(folder).resolve()
+        for place, inner, names in os.walk(folder):
+            linked = [path for name in inner if (path := Path(place, name)).is_symlink()]
+            # Images behind a link that leads back are found where they lie.
+            away = [path for path in linked if not path.resolve().is_relative_to(root)]
+            # From Python 3.13 on anomalib finds what lies in a link, too.
+            found = {path.parent for path in Path(place).glob("**/*")} if away else set()
+            links += [str(path) for path in away if path not in found]
+            others += [str(Path(place, name)) for name in names if not name.lower().endswith(IMG_EXTENSIONS)]
+    unknown = [path for path in sorted(others)[:LOOKED_AT] if _is_image(path)]
+    if links:
+        logger.warning(
+            "%d folders are links, which are not followed, so that images in them are left out: %s. Link the files "
+            "instead, or give these folders themselves.",
+            len(links),
+            _shown(links),
+        )
+    if unknown:
+        logger.warning(
+            "%s%d images are left out, because their names do not end in one of %s: %s. Rename them to take them in.",
+            "At least " if len(others) > LOOKED_AT else "",
+            len(unknown),
+            " ".join(IMG_EXTENSIONS),
+            _shown(unknown),
+        )
+
+
+def _folders_of(datamodule: Any) -> list[Path]:  # noqa: ANN401  # any of anomalib's datamodules
+    """Folders of images of anomalib's ``Folder``, also behind ``FewShot`` or ``AuxiliaryTarget``; none of others."""
+    folder = getattr(datamodule, "target", datamodule)
+    if not isinstance(folder, Folder) or folder.extensions:  # else others are left out on purpose
+        return []
+    given = (folder.normal_dir, folder.abnormal_dir, folder.normal_test_dir)
+    several = [[each] if isinstance(each, str | Path) else each or [] for each in given]
+    return sorted({Path(folder.root or "", name) for names in several for name in names})
+
+
+def _is_image(path: str) -> bool:
+    """Whether PIL knows a file for an image that it can decode; it knows some formats by their headers alone."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            if Path(path).is_file():  # opening a pipe would wait for who writes to it
+                with Image.open(path) as image:
+                    return not isinstance(image, ImageFile.StubImageFile) and image.format != "MPEG"
+    except Exception:  # noqa: BLE001  # PIL's decoders raise what they like
+        return False
+    return False
 
 
 def _header(path: str) -> tuple[tuple[int, int], str, bool, bool]:

@@ -306,6 +306,34 @@ def test_guides_know_the_images_they_were_learned_from(count: int, hold_out: flo
     assert len(use(tmp_path / "older.safetensors").post_processor._scores["held_out"]) == count
 
 
+@pytest.mark.parametrize("zero_shot", [False, True])
+@pytest.mark.parametrize("known", [False, True])
+def test_good_parts_of_the_target_set_the_threshold(
+    trained: tuple, zero_shot: bool, known: bool, tmp_path: Path
+) -> None:
+    """Nothing is learned from them; those that the guides are learned from, as labelled images, are not new."""
+    root = make_mvtec(tmp_path / "data", ("gravel", "grass"), count=10)
+    arguments: dict[str, Any] = {"seed": 0}
+    if zero_shot:
+        guides = Path(trained[1].trainer.default_root_dir) / "weights" / "guides.safetensors"
+        arguments |= {"backbone": None, "layers": None, "image_size": None, "guides_file": guides}
+    target = {"name": "own", "root": root / "gravel", "normal_dir": "train/good"}
+    other = {"name": "other", "root": root / "grass", "normal_dir": "train/good", "mask_dir": "ground_truth/hole"}
+    other |= {"abnormal_dir": "test/hole"}
+    other |= {"normal_test_dir": root / "gravel/train/good" if known else "test/good"}
+    datamodule = AuxiliaryTarget(
+        *("Folder", "Folder"), other, {**target, "abnormal_dir": "test/hole"}, num_workers=0, train_batch_size=5, seed=0
+    )
+    model = build(**arguments)
+    with patch.object(SPGModel, "_store", autospec=True, side_effect=SPGModel._store) as store:
+        engine(tmp_path).fit(model=model, datamodule=datamodule)
+    assert sum(len(call.args[1]) for call in store.call_args_list) == (0 if zero_shot else 20)
+    counts = {kind: len(found) for kind, found in model.post_processor._scores.items()}
+    new = 0 if known and not zero_shot else 8
+    assert counts == {"held_out": new, "learned": 8 - new, "good": 1, "bad": 5}
+    assert model.post_processor.threshold.images == 9
+
+
 def test_a_second_fit_learns_the_new_data(mvtec: Path, tmp_path: Path) -> None:
     """The same object on other images equals a fresh one; tokens of a fit that failed are forgotten."""
 

@@ -192,6 +192,8 @@ def test_failing_job_is_named_and_the_others_run(finished: tuple[str, pd.DataFra
     assert "error: 1 of 9 jobs failed" in output
     assert len(rows) == 8
     assert not rows["job"].duplicated().any()
+    assert set(rows["test_good"]) == set(rows["test_bad"]) == {4}
+    assert "fewer than 10 good or 10 bad test images, fewest brick: 4 good, 4 bad." in output
 
 
 @pytest.mark.command

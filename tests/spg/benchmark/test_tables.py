@@ -63,6 +63,21 @@ def test_seeds_are_counted(tmp_path: Path) -> None:
     assert {table.note[:22] for table in tables(ask(tmp_path / "one", done=3)).values()} == {"Percentages of 1 seed."}
 
 
+def test_few_test_images_are_named(tmp_path: Path) -> None:
+    """Under every table, with the fewest; not where there are enough, nor where older results do not say."""
+    header = HEADER.strip() + ",test_good,test_bad\n"
+
+    def notes(first: str, second: str) -> set[str]:
+        rows = f"0,LAKE,1,MVTecAD,01,0.9,0.5,{first}\n0,LAKE,1,MVTecAD,02,0.8,0.5,{second}\n"
+        return {table.note for table in tables(write(tmp_path / "results.csv", rows, header)).values()}
+
+    seeds = "Percentages of 1 seed."
+    assert notes("10,11", ",") == {seeds}
+    said = f"{seeds} 1 of 2 categories have fewer than 10 good or 10 bad test images, fewest 02: 30 good, 9 bad."
+    assert notes("10,11", "30,9") == {said}
+    assert notes("1,5", "9,9") == {said.replace("1 of 2", "2 of 2").replace("02: 30 good, 9", "01: 1 good, 5")}
+
+
 def test_a_table_per_metric(tmp_path: Path) -> None:
     """Category 01 over seeds: mean of 0.90 and 0.96, deviation 0.06 / sqrt(2). Metrics nobody has get no table."""
     made = tables(write(tmp_path / "results.csv"))

@@ -4,6 +4,7 @@
 
 import logging
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,12 +18,12 @@ from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
 
 from anomalib_lake import LAKE
-from anomalib_spg.components.decisions import DecisionTable
+from anomalib_spg.components.decisions import DecisionTable, _is_turned
 from tests.helpers import TINY, engine
 
 
 def table(folder: Path, paths: list[Path]) -> pd.DataFrame:
-    """The table of images that are outlined where they are bright."""
+    """The table of images that are outlined where they are bright, and rejected unless they are black."""
     callback = DecisionTable()
     model = SimpleNamespace(post_processor=SimpleNamespace(normalized_image_threshold=0.5))
     trainer = SimpleNamespace(world_size=1, is_global_zero=True, default_root_dir=folder)
@@ -32,7 +33,7 @@ def table(folder: Path, paths: list[Path]) -> pd.DataFrame:
         batch = ImageBatch(
             image=image,
             pred_score=torch.tensor([0.9]),
-            pred_label=torch.tensor([True]),
+            pred_label=torch.tensor([bool(image.any())]),
             anomaly_map=image.mean(dim=1),
             pred_mask=image.mean(dim=1) > 0.5,
             image_path=[str(path)],
@@ -54,8 +55,26 @@ def test_boxes_of_turned_images(orientation: int, tmp_path: Path, caplog: pytest
     with caplog.at_level(logging.WARNING):
         row = table(tmp_path, [path]).iloc[0]
     assert (row.boxes, row.box_pixels, row.box_scores) == ("60 5 70 15", 100, 1.0)
-    assert ("Viewers turn 1 rejected images" in caplog.text) == (orientation != 1)
+    assert ("Viewers turn 1 images" in caplog.text) == (orientation != 1)
+    assert ("why 1 of them are rejected. Boxes are in pixels as stored" in caplog.text) == (orientation != 1)
     assert (str(path) in caplog.text) == (orientation != 1)
+
+
+def test_every_turned_image_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Accepted ones behind the rejected, with a box or without; not one without EXIF, nor one that is gone by now."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    tones = {"a_accepted.jpg": 0, "b_without_box.png": 60, "c_with_box.webp": 255, "d_upright.png": 255}
+    for name, tone in tones.items():
+        Image.new("RGB", (80, 40), (tone,) * 3).save(tmp_path / name, **({} if "upright" in name else {"exif": exif}))
+    with caplog.at_level(logging.WARNING):
+        rows = table(tmp_path, [tmp_path / name for name in tones])
+    assert rows.boxes.notna().tolist() == [False, False, True, True]
+    assert rows.decision.tolist() == ["accepted", *["rejected"] * 3]
+    assert "Viewers turn 3 images" in caplog.text
+    assert "may be why 2 of them are rejected" in caplog.text
+    assert re.search(r"b_without_box\.png, \S*c_with_box\.webp, \S*a_accepted\.jpg\. Save", caplog.text)
+    assert not _is_turned(str(tmp_path / "gone.jpg"))
 
 
 def test_several_defects(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 """Images in odd modes give what plain ones give, or are named, as files that cannot be read are."""
 
 import logging
+import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
@@ -15,14 +17,15 @@ import torch
 from anomalib.data import Folder, PredictDataset
 from PIL import Image
 
-from anomalib_spg import SPG, SPGModel
+from anomalib_spg import SPG, FewShot, SPGModel
 from anomalib_spg.components import unreadable
-from anomalib_spg.components.unreadable import check_images
+from anomalib_spg.components.unreadable import check_images, check_left_out
 from tests.helpers import TINY, data, engine, make_mvtec
 
 # Black and white blocks, so that every mode and every palette can hold them.
 BLOCKS = np.kron(np.random.default_rng(0).integers(0, 2, (4, 4)), np.ones((16, 16))).astype(np.uint8) * 255
 IMAGE = Image.fromarray(BLOCKS)
+FOLLOWED = sys.version_info >= (3, 13)  # folders that are links
 DEEP = BLOCKS.astype(np.uint16) * 257
 
 
@@ -194,3 +197,58 @@ def test_colours_of_16_bits_are_named(tmp_path: Path, caplog: pytest.LogCaptureF
     assert "1 files have 16 bits a channel" in caplog.text
     assert "deep.png" in caplog.text
     assert "flat.png" not in caplog.text
+
+
+def with_left_out(folder: Path) -> Path:
+    """Two images, a link to a folder of another one, an image of unknown suffix, and what is no image."""
+    (folder / "other").mkdir(parents=True)
+    (folder / "parts/inner").mkdir(parents=True)
+    for path in (folder / "parts/a.png", folder / "parts/inner/b.PNG", folder / "other/c.png"):
+        IMAGE.save(path)
+    (folder / "parts/inner/linked").symlink_to(folder / "other")
+    (folder / "parts/inner/back").symlink_to(folder / "parts")
+    IMAGE.save(folder / "parts/d.gif")
+    (folder / "parts/Thumbs.db").write_bytes(bytes(99))
+    (folder / "parts/gone").symlink_to(folder / "nothing")
+    os.mkfifo(folder / "parts/pipe")
+    return folder / "parts"
+
+
+def test_what_predict_leaves_out_is_named(model: SPG, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By a link to a folder that is not followed, or by its suffix; what is no image, or found elsewhere, is not."""
+    parts = with_left_out(tmp_path)
+    engine(tmp_path / "out").predict(model, data_path=parts)
+    warned = re.search(r"1 folders are links.*: \S*inner/linked\. Link", caplog.text)
+    assert bool(warned) != FOLLOWED
+    assert re.search(r"WARNING.* 1 images are left out.*: \S*parts/d\.gif\. Rename", caplog.text)
+    assert not re.search(r"Thumbs|gone|pipe|back", caplog.text)
+    caplog.clear()
+    engine(tmp_path / "out").predict(model, data_path=parts / "a.png")
+    assert "left out" not in caplog.text, "a single image was asked for"
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_what_a_folder_to_train_on_leaves_out_is_named(
+    tmp_path: Path, few: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also behind another datamodule; with suffixes of one's own nothing is."""
+    parts = with_left_out(tmp_path)
+    arguments = {"name": "own", "root": tmp_path, "normal_dir": [parts.name], "val_split_mode": "none"}
+    for extensions in (None, (".png",)):
+        caplog.clear()
+        folder = Folder(**arguments, test_split_mode="none", num_workers=0, extensions=extensions)
+        run = engine(tmp_path / "out", limit_val_batches=0)
+        run.fit(model=build(), datamodule=FewShot(folder, k_shot=2) if few else folder)
+        assert ("inner/linked" in caplog.text) == (extensions is None and not FOLLOWED)
+        assert ("d.gif" in caplog.text) == (extensions is None)
+
+
+def test_files_that_are_looked_at_are_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first by name, and the count says so."""
+    monkeypatch.setattr(unreadable, "LOOKED_AT", 2)
+    for number in range(4):
+        IMAGE.save(tmp_path / f"{number}.gif")
+    check_left_out([tmp_path])
+    assert re.search(r"At least 2 images are left out.*: \S*0\.gif, \S*1\.gif\. Rename", caplog.text)
