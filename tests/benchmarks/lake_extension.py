@@ -87,7 +87,8 @@ def main() -> None:
     drawn = torch.randperm(40).tolist()
     model.train()(textile.images("train/good", drawn[: arguments.fitted]))
     learned = model.fit().pred_score
-    held_out = textile.tokens("train/good", drawn[arguments.fitted : 28])
+    others = drawn[arguments.fitted : 28]
+    held_out = textile.tokens("train/good", others) if others else []
     tested = range(TAKEN, TAKEN + arguments.images)
     kinds = {c: [textile.tokens(f"test/{kind}", tested, c) for kind in ("good", "defect")] for c in CHANGES}
     before = threshold(scores(model, held_out), learned)
