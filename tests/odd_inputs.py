@@ -592,16 +592,6 @@ def config(name: str, content: bytes) -> Callable[[Case], list[Any]]:
     return write
 
 
-def learned_already(model: str, *arguments: Any) -> Callable[[Case], list[Any]]:
-    """`anomalib train` from the checkpoint of a fitted model, and more arguments."""
-
-    def write(case: Case) -> list[Any]:
-        fitted = case.made.lake_checkpoint if model == "LAKE" else case.made.spg_checkpoint
-        return [*train(*arguments, model=model)(case), "--ckpt_path", fitted]
-
-    return write
-
-
 def predicting(*arguments: Any) -> Callable[[Case], list[Any]]:
     """`anomalib predict` with LAKE's checkpoint, and more arguments."""
 

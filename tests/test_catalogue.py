@@ -57,7 +57,6 @@ from tests.odd_inputs import (
     in_16_bits,
     interrupted,
     labelled,
-    learned_already,
     linked,
     linked_folder,
     looped,
@@ -861,16 +860,6 @@ CONFIGS = [
             "guides file missing",
             train("--model.guides_file", "odd.safetensors", model="SPG"),
             Error((SystemExit, ValueError), r"odd\.safetensors"),
-        ),
-        (
-            "train from a checkpoint of LAKE that has learned",
-            learned_already("LAKE"),
-            Error(ValueError, "LAKE has learned already in ckpt_path='.*ckpt'.*anomalib test.*give it as extend"),
-        ),
-        (
-            "train from a checkpoint of SPG that has learned",
-            learned_already("SPG", "--model.layers", "[3]"),
-            Error(ValueError, "SPG has learned already in ckpt_path='.*ckpt'.*anomalib test.*learn_on"),
         ),
         ("predict", predicting("--data", "good"), WORKS),
         (

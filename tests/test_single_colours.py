@@ -61,8 +61,10 @@ EXPORTS = ("torch", "openvino")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", ["test", "train", "validate", "predict", *EXPORTS])
-def test_every_step_from_the_checkpoint(fitted: tuple[str, str], root: Path, tmp_path: Path, step: str) -> None:
-    """With new objects each time; every number is finite."""
+def test_every_step_from_the_checkpoint(
+    fitted: tuple[str, str], root: Path, tmp_path: Path, step: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With new objects each time; every number is finite, and a training says that it learns nothing."""
     name, checkpoint = fitted
     run, model = engine(tmp_path), build(name)
     if step in EXPORTS:
@@ -71,6 +73,9 @@ def test_every_step_from_the_checkpoint(fitted: tuple[str, str], root: Path, tmp
         assert Path(exported).stat().st_size > 0
         return
     results = getattr(run, step)(model=model, datamodule=data(root), ckpt_path=checkpoint)
+    remedy = {"LAKE": "give it as extend", "SPG": "and learn_on"}[name]
+    said = f"{name} has learned already in ckpt_path='{Path(checkpoint).resolve()}'"
+    assert (said in caplog.text and remedy in caplog.text) == (step == "train")
     assert all(tensor.isfinite().all() for tensor in model.state_dict().values() if tensor.is_floating_point())
     if step == "predict":
         for batch in results:

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Refuse the checkpoint of another model, or a fitted one in training; name one that cannot be read or saved."""
+"""Refuse the checkpoint of another model; name a fitted one in training, and one that cannot be read or saved."""
 # ruff: noqa: PLR6301  # Lightning calls a callback's methods on the instance
 
+import logging
 import traceback
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+logger = logging.getLogger(__name__)
 
 
 def check_identity(checkpoint: dict[str, Any], identity: dict[str, Any]) -> None:
@@ -33,10 +36,10 @@ def check_identity(checkpoint: dict[str, Any], identity: dict[str, Any]) -> None
             raise ValueError(msg)
 
 
-class RefuseFitted(Callback):
-    """Refuse to train from a checkpoint that has learned.
+class WarnOfFitted(Callback):
+    """Say that nothing is learned in a training from a checkpoint that has learned.
 
-    Lightning takes its only epoch for done: it would train nothing, save nothing, and print what the checkpoint scores.
+    Lightning takes its only epoch for done: it trains nothing, saves nothing, and prints what the checkpoint scores.
 
     Args:
         remedy (str): How else the model learns on.
@@ -46,17 +49,15 @@ class RefuseFitted(Callback):
         self.remedy = remedy
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Say what to do instead.
-
-        Raises:
-            ValueError: If a training starts from the checkpoint of a fitted model.
-        """
+        """Say what to do instead."""
         if trainer.state.fn == "fit" and checkpoint["state_dict"].get("_is_fitted"):
-            msg = (
-                f"{type(pl_module).__name__} has learned already in ckpt_path='{trainer.ckpt_path}', and would learn "
-                f"nothing more. To learn anew, leave ckpt_path out; to test it, use `anomalib test`; {self.remedy}."
+            logger.warning(
+                "%s has learned already in ckpt_path='%s': it learns nothing more, and saves nothing. To learn anew, "
+                "leave ckpt_path out; to test it, use `anomalib test`; %s.",
+                type(pl_module).__name__,
+                trainer.ckpt_path,
+                self.remedy,
             )
-            raise ValueError(msg)
 
 
 class NameCheckpoint(Callback):

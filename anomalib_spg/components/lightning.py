@@ -21,7 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from .backbone import DEFAULT_BACKBONE, default_image_size
-from .checkpoint import NameCheckpoint, RefuseFitted, check_identity
+from .checkpoint import NameCheckpoint, WarnOfFitted, check_identity
 from .decisions import DecisionTable
 from .evaluator import default_evaluator
 from .export import ExactExports
@@ -147,7 +147,7 @@ class FrozenBackboneMixin(ExactExports):
             _RestoreTrainingSet(),
             _CheckProduct(),
             NameCheckpoint(),
-            RefuseFitted(self.learns_on),
+            WarnOfFitted(self.learns_on),
             CheckImages(),  # the last, because it may raise another error when there was one
         ]
 

@@ -483,7 +483,7 @@ def test_the_same_object_goes_on_after_an_interruption(
 def test_a_checkpoint_of_an_unfinished_pass_goes_on(
     mvtec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a checkpoint callback of one's own may leave it: nothing has been learned in it, so it is not refused."""
+    """As a checkpoint callback of one's own may leave it: nothing has been learned in it, so there is no warning."""
     monkeypatch.chdir(tmp_path)
 
     def fit(checkpoint: Path | None = None, **arguments: Any) -> SPG:
