@@ -152,10 +152,7 @@ def check_left_out(folders: Iterable[str | Path]) -> None:
         for place, inner, names in os.walk(folder):
             linked = [path for name in inner if (path := Path(place, name)).is_symlink()]
             # Images behind a link that leads back are found where they lie.
-            away = [path for path in linked if not path.resolve().is_relative_to(root)]
-            # From Python 3.13 on anomalib finds what lies in a link, too.
-            found = {path.parent for path in Path(place).glob("**/*")} if away else set()
-            links += [str(path) for path in away if path not in found]
+            links += [str(path) for path in linked if not path.resolve().is_relative_to(root)]
             others += [str(Path(place, name)) for name in names if not name.lower().endswith(IMG_EXTENSIONS)]
     unknown = [path for path in sorted(others)[:LOOKED_AT] if _is_image(path)]
     if links:

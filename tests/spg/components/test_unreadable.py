@@ -5,7 +5,6 @@
 import logging
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
@@ -25,7 +24,6 @@ from tests.helpers import TINY, data, engine, make_mvtec
 # Black and white blocks, so that every mode and every palette can hold them.
 BLOCKS = np.kron(np.random.default_rng(0).integers(0, 2, (4, 4)), np.ones((16, 16))).astype(np.uint8) * 255
 IMAGE = Image.fromarray(BLOCKS)
-FOLLOWED = sys.version_info >= (3, 13)  # folders that are links
 DEEP = BLOCKS.astype(np.uint16) * 257
 
 
@@ -218,8 +216,7 @@ def test_what_predict_leaves_out_is_named(model: SPG, tmp_path: Path, caplog: py
     """By a link to a folder that is not followed, or by its suffix; what is no image, or found elsewhere, is not."""
     parts = with_left_out(tmp_path)
     engine(tmp_path / "out").predict(model, data_path=parts)
-    warned = re.search(r"1 folders are links.*: \S*inner/linked\. Link", caplog.text)
-    assert bool(warned) != FOLLOWED
+    assert re.search(r"1 folders are links.*: \S*inner/linked\. Link", caplog.text)
     assert re.search(r"WARNING.* 1 images are left out.*: \S*parts/d\.gif\. Rename", caplog.text)
     assert not re.search(r"Thumbs|gone|pipe|back", caplog.text)
     caplog.clear()
@@ -239,7 +236,7 @@ def test_what_a_folder_to_train_on_leaves_out_is_named(
         folder = Folder(**arguments, test_split_mode="none", num_workers=0, extensions=extensions)
         run = engine(tmp_path / "out", limit_val_batches=0)
         run.fit(model=build(), datamodule=FewShot(folder, k_shot=2) if few else folder)
-        assert ("inner/linked" in caplog.text) == (extensions is None and not FOLLOWED)
+        assert ("inner/linked" in caplog.text) == (extensions is None)
         assert ("d.gif" in caplog.text) == (extensions is None)
 
 
