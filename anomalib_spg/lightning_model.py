@@ -271,22 +271,23 @@ class SPG(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
 
     def _hold_out(self, datamodule: Any) -> None:  # noqa: ANN401  # any of anomalib's datamodules
         self.held_out, self._learned = None, None
-        dataset, labelled = datamodule.train_data, None
-        if self._is_labelled(dataset):  # AuxiliaryTarget has good parts of the target beside them
-            dataset, labelled = getattr(datamodule, "good_data", None), dataset
+        dataset = datamodule.train_data
+        is_labelled = self._is_labelled(dataset)
+        labelled = {path for path, _ in image_labels(dataset)} if is_labelled and self.learns else set()
+        if is_labelled:  # AuxiliaryTarget has good parts of the target beside them
+            dataset = getattr(datamodule, "good_data", None)
         if not dataset or self._is_labelled(dataset) or good_validation_images(datamodule) >= ENOUGH:
             return
-        learns = self.learns and labelled is None
-        passed = {path for path, _ in image_labels(labelled)} if self.learns and labelled is not None else set()
         known: list[int] = []  # to the guides, or to those of the file that they go on from
         new: list[int] = []
         for index, (path, _) in enumerate(image_labels(dataset)):
-            is_known = path in passed or (self._known and short_digest(path) in self._known)
+            is_known = path in labelled or (self._known and short_digest(path) in self._known)
             (known if is_known else new).append(index)
 
         def chosen(indices: list[int], count: int) -> list[int]:  # by the first process, whose seed may be another
             return self.trainer.strategy.broadcast(choose(indices, count))
 
+        learns = self.learns and not is_labelled
         if learns:
             holds_out = len(dataset) >= FEWEST and self.hold_out > 0
             held_out = chosen(new, min(MOST, max(1, int(len(dataset) * self.hold_out)))) if holds_out else []
