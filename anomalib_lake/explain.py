@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Why an image has its score: the score split exactly into contributions of neurons and of the text."""
+"""Why an image has its score: the score split exactly into contributions of neurons, of places and of the text."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
+from torch.nn import functional as F  # noqa: N812
 
 from anomalib_spg.components.own_image import kept_patches, outside
 from anomalib_spg.components.precision import full_precision
@@ -23,12 +24,13 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def explain(model: LAKEModel, tokens: Tokens, image_size: tuple[int, int]) -> list[Explanation]:
-    r"""Split the scores of a batch into neurons and text.
+    r"""Split the scores of a batch into neurons, places and text.
 
-    A patch's squared distance to a normal patch is a sum over neurons, :math:`d^2 = \sum_k (x_k - m_k)^2`, and so is
-    that to the nearest one elsewhere in its image. The structural part of its anomaly is divided among the
-    neurons in proportion to those squares, block by block; the image's score is the mean anomaly of its highest
-    patches, hence the neurons and the text sum to it.
+    A patch's squared distance to a normal patch is a sum over neurons, :math:`d^2 = \sum_k (x_k - m_k)^2`, where
+    places count (:class:`~anomalib_lake.places.Places`) over their two coordinates, too; and so is that to the nearest
+    one elsewhere in its image. The structural part of its anomaly is divided among them in proportion to those squares,
+    block by block; the image's score is the mean anomaly of its highest patches, hence neurons, places and text sum to
+    it.
 
     Args:
         model (LAKEModel): Model with a normality bank.
@@ -36,8 +38,9 @@ def explain(model: LAKEModel, tokens: Tokens, image_size: tuple[int, int]) -> li
         image_size (tuple[int, int]): Height and width of the images.
 
     Returns:
-        list[Explanation]: One per image. ``other`` holds what the text adds, where it has a weight; ``nearest`` names
-            the normal patch of the block in which the highest patch deviates most from the bank.
+        list[Explanation]: One per image. ``other`` holds what the text adds, where it has a weight, and what places
+            add, where they count; ``nearest`` names the normal patch of the block in which the highest patch deviates
+            most from the bank.
 
     Example:
         >>> from anomalib_lake import LAKEModel
@@ -86,10 +89,10 @@ def _explain_image(
         ):
             projected = neurons.project(by_block[block])[None]
             x = neurons.normalize(average_neighbors(projected, grid, scale))[0]
-            bank = banks[number]
+            bank, placed = banks[number], model.places(x, block_number, grid)
             neighbors = min(bank.num_neighbors, len(bank.tokens))
-            match = torch.cdist(x, bank.tokens).topk(neighbors, dim=1, largest=False).indices  # the nearest first
-            split = _split(x[:, None], bank.tokens[match]).mean(dim=1) / bank.distance_scale
+            match = torch.cdist(placed, bank.tokens).topk(neighbors, dim=1, largest=False).indices  # the nearest first
+            split = _split(placed[:, None], bank.tokens[match]).mean(dim=1) / bank.distance_scale
             distance = split.sum(dim=1)
             if model.own_weight > 0:
                 own = model.own_images[block_number][number]
@@ -100,7 +103,9 @@ def _explain_image(
                     .masked_fill(~outside(grid, stride_of(scale), x.device), float("inf"))
                     .argmin(dim=1)
                 )
-                split = torch.lerp(split, _split(x, x[kept[elsewhere]]) / own.distance_scale, model.own_weight)
+                own_split = _split(x, x[kept[elsewhere]]) / own.distance_scale
+                own_split = F.pad(own_split, (0, split.shape[1] - own_split.shape[1]))  # places do not count there
+                split = torch.lerp(split, own_split, model.own_weight)
             found.append((split, distance, match[:, 0]))
         for collected, values in zip((splits, distances, matches), zip(*found, strict=True), strict=True):
             collected.append(torch.stack(values, dim=1))
@@ -109,7 +114,9 @@ def _explain_image(
     patches = torch.arange(len(winner), device=winner.device)
     split = torch.stack(splits)[winner, patches] / len(model.layers)  # (N, L, K)
     structural = (1 - model.text_weight) / (1 + deviation)
-    maps = (split * structural[:, None, None]).flatten(1)
+    parts = split * structural[:, None, None]
+    count = model.neurons[0].count if model.neurons[0].selection != "all" else len(model.neurons[0].indices)
+    maps, places = parts[..., :count].flatten(1), parts[..., count:].sum(dim=(1, 2))
     anomaly = structural * deviation
     if text is not None:
         anomaly = anomaly + model.text_weight * text
@@ -119,19 +126,22 @@ def _explain_image(
     layer = int(distances[scale][peak].argmax())
     bank = model.banks[layer][scale]
     match = matches[scale][peak, layer]
+    other = {} if text is None else {"text": float(model.text_weight * text[highest].mean())}
+    if len(model.places.scales):
+        other["place"] = float(places[highest].mean())
     numbers = [neurons.indices if len(neurons.indices) else torch.arange(neurons.count) for neurons in model.neurons]
     patch_map = rearrange(anomaly, "(h w) -> 1 h w", h=grid[0])
     return Explanation(
         unit="component" if model.neurons[0].selection == "pca" else "neuron",
         score=float(anomaly[highest].mean()),
         base=0.0,
-        blocks=torch.tensor(model.layers).repeat_interleave(split.shape[2]),
+        blocks=torch.tensor(model.layers).repeat_interleave(count),
         units=torch.cat([indices.cpu() for indices in numbers]),
         contributions=maps[highest].mean(dim=0).float().cpu(),
         maps=rearrange(maps, "(h w) part -> part h w", h=grid[0]).float().cpu(),
         anomaly_map=model.anomaly_map_generator(patch_map, image_size)[0, 0].float().cpu(),
         peak=divmod(peak, grid[1]),
-        other={} if text is None else {"text": float(model.text_weight * text[highest].mean())},
+        other=other,
         nearest=(int(bank.image_indices[match]), int(bank.patch_indices[match]), model.scales[scale]),
     )
 

@@ -83,17 +83,18 @@ class Extension:
                 raise ValueError(msg)
             check_finite(tokens, self.next)
             with full_precision(images.device):
-                for layer, neurons, banks in zip(model.layers, model.neurons, model.banks, strict=True):
-                    projected = neurons.project(tokens[layer])
+                for number, (neurons, banks) in enumerate(zip(model.neurons, model.banks, strict=True)):
+                    projected = neurons.project(tokens[model.layers[number]])
                     for scale, bank in zip(model.scales, banks, strict=True):
                         averaged = neurons.normalize(average_neighbors(projected, grid, scale))
                         kept = kept_patches(grid, stride_of(scale), images.device)
-                        _append(bank, averaged[:, kept].flatten(0, 1), kept.repeat(len(images)), numbers)
+                        placed = model.places(averaged, number, grid)
+                        _append(bank, placed[:, kept].flatten(0, 1), kept.repeat(len(images)), numbers)
             if model.num_rotations > 1:
-                for number, image in zip(numbers.split(1), images, strict=True):
+                for one, image in zip(numbers.split(1), images, strict=True):
                     for banks, by_scale in zip(model.banks, model.copies(image, model.pixel_aspect), strict=True):
                         for bank, (copies, patches) in zip(banks, by_scale, strict=True):
-                            _append(bank, copies, patches, number)
+                            _append(bank, copies, patches, one)
         self._grid, self._size = grid, (images.shape[-2], images.shape[-1])
         self._kept += [
             (self.next + index, {layer: patches[index : index + 1].clone() for layer, patches in tokens.items()})

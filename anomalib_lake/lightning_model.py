@@ -80,6 +80,10 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             normal images goes into the bank: 2 takes it as it is and shifted by half a patch down, right, and both. Not
             with one image or over 16, nor beside rotated copies, nor with ``extend``. Defaults to 2 (ours); 1 takes it
             as it is (paper).
+        place_weight (float | None): Weight of the squared distance between the places of patches, 1 being the image's
+            longer side, beside that of their tokens. ``None`` is 10 where the normal images show that parts lie in
+            place, else 0 (ours); 0 compares patches wherever they lie (paper). Not with one image, nor beside rotated
+            copies; with ``extend`` as the checkpoint has it.
         own_weight (float): Weight of a patch's distance to the rest of its own image beside that to the bank, in
             [0, 1]. Defaults to 0.3 (ours); 0 compares with the bank alone (paper).
         top_patches (int): Highest patches whose mean is the image's score. Defaults to 3 (ours); 1 takes the maximum
@@ -144,6 +148,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         num_neighbors: int = 1,
         num_rotations: int = 1,
         num_shifts: int = 2,
+        place_weight: float | None = None,
         own_weight: float = 0.3,
         top_patches: int = 3,
         text_weight: float | None = None,
@@ -204,6 +209,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             num_neighbors=num_neighbors,
             num_rotations=num_rotations,
             num_shifts=num_shifts,
+            place_weight=place_weight,
             own_weight=own_weight,
             top_patches=top_patches,
             text_weight=text_weight,
@@ -358,13 +364,14 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             self.post_processor.add_good(scores, maps, learned_from=True)
         self.add_good(self.held_out)
         self.place_thresholds()
-        banks = self.model.banks[0]
+        banks, places = self.model.banks[0], self.model.places.scales
         logger.info(
-            "Normality bank: %s tokens of %d channels in each of the blocks %s, at scales %s.",
+            "Normality bank: %s tokens of %d channels in each of the blocks %s, at scales %s.%s",
             " and ".join(str(len(bank.tokens)) for bank in banks),
-            banks[0].tokens.shape[1],
+            banks[0].tokens.shape[1] - 2 * len(places[:1]),
             self.model.layers,
             self.model.scales,
+            " Good parts lie in place, so patches are compared with what is normal there." if len(places) else "",
         )
 
     def _finish_extension(self, extension: Extension) -> None:
@@ -490,6 +497,7 @@ def _add_former_defaults(checkpoint: dict[str, Any]) -> None:
     hyperparameters.setdefault("num_neighbors", 1)
     hyperparameters.setdefault("num_rotations", 1)
     hyperparameters.setdefault("num_shifts", 1)
+    hyperparameters.setdefault("place_weight", 0.0)
 
 
 def _paths(dataset: AnomalibDataset | None) -> list[str]:

@@ -29,6 +29,7 @@ from .bank import NormalityBank, average_neighbors, reference_images, stride_of
 from .copies import FEW, num_copies, views
 from .neurons import Normalization, Selection, SensitiveNeurons
 from .own_image import OwnImage
+from .places import Places
 from .text import embed_prompts, prompts, read_checkpoint, text_tower
 
 # Tokens of an image's copies, in one layer and at one scale, and the patches of the image that they show.
@@ -91,6 +92,9 @@ class LAKEModel(nn.Module):
         num_shifts (int): Places on the grid of patches, along height and along width, at which each of 2 to 16 normal
             images goes into the bank: 2 takes it as it is and shifted by half a patch down, right, and both. Not with
             one image or over 16, nor beside rotated copies. Defaults to 2 (ours); 1 takes it as it is (paper).
+        place_weight (float | None): Weight of the squared distance between the places of patches, 1 being the image's
+            longer side, beside that of their tokens. ``None`` is 10 where the normal images show that parts lie in
+            place, else 0 (ours), see :class:`Places`; 0 compares patches wherever they lie (paper). Not with one image.
         own_weight (float): Weight of a patch's distance to the rest of its own image beside that to the bank, in
             [0, 1]. Defaults to 0.3 (ours); 0 compares with the bank alone (paper).
         top_patches (int): Highest patches whose mean is the image's score. Defaults to 3 (ours); 1 takes the maximum
@@ -135,6 +139,7 @@ class LAKEModel(nn.Module):
         num_neighbors: int = 1,
         num_rotations: int = 1,
         num_shifts: int = 2,
+        place_weight: float | None = None,
         own_weight: float = 0.3,
         top_patches: int = 3,
         text_weight: float | None = None,
@@ -221,6 +226,7 @@ class LAKEModel(nn.Module):
         )
         self.num_rotations = num_rotations
         self.num_shifts = num_shifts
+        self.places = Places(place_weight, num_rotations)
         self.pixel_aspect = 1.0
         self.own_weight = own_weight
         self.top_patches = top_patches
@@ -395,11 +401,11 @@ class LAKEModel(nn.Module):
             by_scale = []
             for window, scale in enumerate(self.scales):
                 averaged = neurons.normalize(average_neighbors(of_layer, grid, scale))
-                bank = self.banks[number][window]
+                bank, placed = self.banks[number][window], self.places(averaged, number, grid)
                 if left_out is None:
-                    deviation = bank(averaged)
+                    deviation = bank(placed)
                 else:
-                    deviation = bank.leave_out(averaged, left_out, grid, stride_of(scale))
+                    deviation = bank.leave_out(placed, left_out, grid, stride_of(scale))
                 if self.own_weight > 0:
                     own = self.own_images[number][window](averaged, grid, stride_of(scale))
                     deviation = torch.lerp(deviation, own, self.own_weight)
@@ -479,8 +485,12 @@ class LAKEModel(nn.Module):
                 tokens = torch.cat(self._stored[number])
                 self._stored[number] = []
                 neurons.select(tokens.flatten(0, 1), generator)
-                projected = neurons.project(tokens)
-                self._projected.append(projected)
+                self._projected.append(neurons.project(tokens))
+            normalized = [
+                neurons.normalize(projected) for neurons, projected in zip(self.neurons, self._projected, strict=True)
+            ]
+            self.places.fit(normalized, self._grid, self._references)
+            for number, projected in enumerate(self._projected):
                 self._add(number, projected[others], others)
         if self.text_weight > 0:
             self._semantic = [torch.cat(self._semantic)]
@@ -489,7 +499,7 @@ class LAKEModel(nn.Module):
         """Add the projected tokens ``(B, N, K)`` of images to the banks of a layer."""
         for scale, bank in zip(self.scales, self.banks[number], strict=True):
             averaged = self.neurons[number].normalize(average_neighbors(projected, self._grid, scale))
-            bank.add(averaged, images, self._grid, stride_of(scale))
+            bank.add(self.places(averaged, number, self._grid), images, self._grid, stride_of(scale))
 
     def copies(self, image: torch.Tensor, pixel_aspect: float = 1.0) -> list[list[Copies]]:
         """Compute tokens of the rotated or shifted copies of a normal image, in the neurons that have been chosen.
@@ -509,15 +519,16 @@ class LAKEModel(nn.Module):
             batch = ways[start : start + BATCH]
             tokens, grid = self.tokens(torch.stack([show(image) for show, _ in batch]))
             with full_precision(image.device):
-                for layer, neurons, by_scale in zip(self.layers, self.neurons, found, strict=True):
-                    projected = neurons.project(tokens[layer])
+                for number, (neurons, by_scale) in enumerate(zip(self.neurons, found, strict=True)):
+                    projected = neurons.project(tokens[self.layers[number]])
                     for scale, copies in zip(self.scales, by_scale, strict=True):
                         averaged = neurons.normalize(average_neighbors(projected, grid, scale))
                         kept = kept_patches(grid, stride_of(scale))
                         for (_, patches), copy in zip(batch, averaged, strict=True):
                             shown, inside = patches(grid, scale=scale)
                             windows = kept[inside[kept]]
-                            copies.append((copy[windows.to(copy.device)], shown[windows].to(copy.device)))
+                            at = shown[windows].to(copy.device)
+                            copies.append((self.places(copy[windows.to(copy.device)], number, grid, at), at))
         return [[_of_all_views(copies) for copies in by_scale] for by_scale in found]
 
     @torch.no_grad()
@@ -604,7 +615,8 @@ class LAKEModel(nn.Module):
                     # Shifted copies show nothing that the images do not, so the bank need not grow by them.
                     own = self.num_stored * len(kept_patches(self._grid, stride_of(scale)))
                     most = own if self.num_rotations == 1 else None
-                    bank.fit(averaged, self._grid, stride_of(scale), self._references, of_window, most)
+                    placed = self.places(averaged, layer, self._grid)
+                    bank.fit(placed, self._grid, stride_of(scale), self._references, of_window, most)
                     if self.own_weight > 0:
                         own_image = self.own_images[layer][window]
                         own_image.fit(averaged, self._grid, stride_of(scale), least=bank.distance_scale)

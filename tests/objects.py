@@ -39,22 +39,22 @@ def take(category: str, rng: np.random.Generator, defect: str | None = None) -> 
     """Take an image ``(SIZE, SIZE, 3)``, with one of :data:`tests.textures.DEFECTS` or none."""
     whole = photo(str(rng.choice(VARIANTS)) if category == "variants" else category)
     moved, light = rng.uniform(-0.02, 0.02, 2) * SIZE, rng.uniform(0.8, 1.15)
-    return _noisy(_spoiled(_turned(whole, rng, 3, moved) * light, rng, defect), rng)
+    return noisy(_spoiled(turned(whole, rng, 3, moved) * light, rng, defect), rng)
 
 
 def take_round(category: str, rng: np.random.Generator, defect: str | None = None) -> np.ndarray:
     """Take an image ``(SIZE, SIZE * 4 / 3, 3)`` of a round part, with one of the defects or none."""
-    part = _spoiled(_turned(photo(category), rng, 180, (0, 0)), rng, defect)
+    part = _spoiled(turned(photo(category), rng, 180, (0, 0)), rng, defect)
     place = np.arange(SIZE) - (SIZE - 1) / 2
     inside = np.hypot(place, place[:, None]) < 0.42 * SIZE
     image = np.full((SIZE, SIZE * 4 // 3, 3), 110.0)
     top, left = (int(offset) for offset in rng.integers(-SIZE // 16, SIZE // 16, 2))
     rows, columns = np.nonzero(inside)
     image[rows + top, columns + left + SIZE // 6] = part[inside]
-    return _noisy(image * rng.uniform(0.8, 1.15), rng)
+    return noisy(image * rng.uniform(0.8, 1.15), rng)
 
 
-def _turned(whole: np.ndarray, rng: np.random.Generator, degrees: float, moved: Sequence[float]) -> np.ndarray:
+def turned(whole: np.ndarray, rng: np.random.Generator, degrees: float, moved: Sequence[float]) -> np.ndarray:
     """The middle of a photograph, turned by up to so many degrees and scaled by up to 2 %."""
     middle, scale = (len(whole) - 1) / 2, rng.uniform(0.98, 1.02)
     cut = AffineTransform(translation=((1 - SIZE) / 2,) * 2)
@@ -67,7 +67,8 @@ def _spoiled(image: np.ndarray, rng: np.random.Generator, defect: str | None) ->
     return image if defect is None else image + STRENGTH * (draw_defect(image, defect, rng)[0] - image)
 
 
-def _noisy(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def noisy(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """As a camera takes it."""
     return (image + rng.normal(0, 3, image.shape)).clip(0, 255).astype(np.uint8)
 
 

@@ -9,13 +9,15 @@
     python -m tests.benchmarks.decisions banks --draws 2
     python -m tests.benchmarks.decisions neighbors --draws 2
     python -m tests.benchmarks.decisions methods --only cup cat rocket motorcycle retina variants
+    python -m tests.benchmarks.decisions places --draws 2 --only plate wires tray coins
 
-Seven datasets of 40 good images to draw from, 40 unseen good and 40 bad ones, always the same, and six more where
+Seven datasets of 40 good images to draw from, 40 unseen good and 40 bad ones, always the same, and ten more where
 ``--only`` names them:
 
 - textile-real: the quickstart's simulated textile images, nominal and locally defective;
 - brick, grass, gravel, tissue, moon, textile: crops of 200 pixels a side with drawn defects (tests/textures.py);
-- with ``--only``: cup, cat, rocket, motorcycle, retina, variants: objects nearly in place (tests/objects.py).
+- with ``--only``: cup, cat, rocket, motorcycle, retina, variants: objects nearly in place (tests/objects.py);
+- with ``--only``: plate, wires, tray, coins: the same with missing, swapped and wrong pieces (tests/pieces.py).
 
 A threshold from good parts can hold for parts of the same distribution only. So here, other than in tests/textures.py,
 all crops are exchangeable: those to draw from, the unseen ones and those that defects are drawn on all come from random
@@ -25,7 +27,8 @@ places of the whole photograph (of textile: of a random one of 16 images). Hence
 with fewer in the bank, as the peers, the others set it, too. SPG learns from anomalies drawn on three quarters of them,
 or on all below 8; its views, three of each image, are drawn once for all draws. Thresholds are those of the
 post-processors. ``banks`` gives LAKE fewer of them to compare with, ``neighbors`` averages distances to several of its
-tokens. All methods see the same draws: LAKE five, SPG and the peers the first two (``--slow-draws``).
+tokens, ``places`` compares patches wherever they lie, too. All methods see the same draws: LAKE five, SPG and the peers
+the first two (``--slow-draws``).
 
 Printed: share of the unseen good images that are rejected, mean and worst dataset; share of the bad ones that are
 accepted; F1, the best F1 that any threshold reaches on the very same scores, the false alarms it takes there, and the
@@ -69,7 +72,7 @@ from anomalib_spg.components.threshold import logit
 from anomalib_spg.lightning_model import FEWEST, OWN_IMAGES
 from anomalib_spg.quickstart import BACKBONE
 from anomalib_spg.synthesis import AnomalySynthesizer
-from tests import objects
+from tests import objects, pieces
 from tests.benchmarks import cross_dataset, lake_accuracy
 from tests.benchmarks.lake_accuracy import BLOCKS, DEFAULT, GRID, Remembering, backbone, tokens
 from tests.textures import DEFECTS, draw_defect, photo
@@ -101,6 +104,8 @@ def pictures(name: str, data: Path) -> list[torch.Tensor]:
         return [read_image(path, as_tensor=True) for folder in folders for path in sorted(folder.iterdir())[:COUNT]]
     if name in objects.CATEGORIES:
         images = objects.take_all(objects.take, name, 2 * COUNT, COUNT)
+    elif name in pieces.CATEGORIES:
+        images = pieces.take_all(name, 2 * COUNT, COUNT)
     else:
         rng = np.random.default_rng([0, *name.encode()])
         images = [crop(name, rng) for _ in range(3 * COUNT)]
@@ -172,10 +177,10 @@ class Parts(cross_dataset.Category):
 Predictions = dict[str, InferenceBatch]  # of all images, of "own" ones that are learned from, of "perlin" anomalies
 
 
-def lake(parts: Parts, shots: int, draw: int, num_neighbors: int = 1, perlin: bool = False) -> Predictions:
+def lake(parts: Parts, shots: int, draw: int, perlin: bool = False, **arguments: float) -> Predictions:
     """LAKE's own predictions of all images, or of anomalib's drawn anomalies; "own": of normal images by the others."""
     torch.manual_seed(draw)
-    model = Remembering(BACKBONE, pre_trained=False, num_neighbors=num_neighbors)
+    model = Remembering(BACKBONE, pre_trained=False, **arguments)
     model.backbone.vit = parts.vit
     with torch.no_grad():
         model.train()(parts.images[parts.draw(shots, draw)])
@@ -200,6 +205,11 @@ def lake_3(parts: Parts, shots: int, draw: int) -> Predictions:
 def lake_10(parts: Parts, shots: int, draw: int) -> Predictions:
     """With the ten nearest."""
     return lake(parts, shots, draw, num_neighbors=10)
+
+
+def lake_anywhere(parts: Parts, shots: int, draw: int) -> Predictions:
+    """Wherever patches lie."""
+    return lake(parts, shots, draw, place_weight=0.0)
 
 
 def split(count: int, draw: int) -> tuple[list[int], list[int]]:
@@ -300,7 +310,7 @@ class Experiment:
             predictions = self.predict(method, name, min(shots, good), draw)
             left_over = some(predictions["images"], order[shots:])
             post_processor = RawScorePostProcessor(false_alarm_rate=rate)
-            if method in {lake, lake_3, lake_10}:
+            if method in {lake, lake_3, lake_10, lake_anywhere}:
                 post_processor, own = LAKE.configure_post_processor(rate), predictions["own"]
                 maps = own.anomaly_map if len(own.pred_score) > good - shots else None
                 post_processor.add_good(own.pred_score, maps, learned_from=True)
@@ -461,16 +471,29 @@ def neighbors(experiment: Experiment, row: Row) -> None:
             )
 
 
+def places(experiment: Experiment, row: Row) -> None:
+    """LAKE as it is, and without the places of patches."""
+    for good in (2, 4, *FEW_AND_MANY):
+        for title, method in (("LAKE", lake), ("place_weight 0", lake_anywhere)):
+            row(
+                title,
+                good,
+                lambda name, draw, n=good, m=method: worth(*experiment.good_parts(m, name, n, draw, shots=AUTO)),
+            )
+
+
 def main() -> None:
     """Print the table asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["methods", "rules", "rates", "banks", "neighbors"])
+    parser.add_argument("table", choices=["methods", "rules", "rates", "banks", "neighbors", "places"])
     parser.add_argument("--data", type=Path, default=Path("quickstart"))
     parser.add_argument("--cache", type=Path, default=Path("decisions_tokens"))
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--slow-draws", type=int, default=2, help="draws for SPG and the peers")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="rows of the first table")
-    parser.add_argument("--only", nargs="+", choices=(*DATASETS, *objects.CATEGORIES), default=DATASETS)
+    parser.add_argument(
+        "--only", nargs="+", choices=(*DATASETS, *objects.CATEGORIES, *pieces.CATEGORIES), default=DATASETS
+    )
     arguments = parser.parse_args()
     experiment = Experiment(arguments.data, arguments.cache)
     figures: dict[tuple[str, int], list[torch.Tensor]] = {}  # by row, of each dataset
@@ -485,8 +508,8 @@ def main() -> None:
             by_draw = torch.tensor([rate(name, draw) for draw in range(draws)])
             figures.setdefault((title, good), []).append(100 * by_draw.mean(dim=0))
 
-        tables = {"methods": methods, "rules": rules, "rates": rates, "banks": banks, "neighbors": neighbors}
-        tables[arguments.table](experiment, row)
+        tables = (methods, rules, rates, banks, neighbors, places)
+        next(table for table in tables if table.__name__ == arguments.table)(experiment, row)
     columns = ["false alarms", "worst", "misses", "F1", "best F1", "false alarms there", "gap", "pixels", "AUROC"]
     print(f"`python -m tests.benchmarks.decisions {arguments.table}`:\n")
     print(f"| | good images | {' | '.join(columns)} |\n|---|---{'|---' * len(columns)}|")
