@@ -409,7 +409,7 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             logger.info("Compared with the others, %d of %d further normal images are accepted.", accepted, len(scores))
 
     def explain(self, images: torch.Tensor, tokens: Tokens | None = None) -> list[Explanation]:
-        """Split the scores of images into neurons and text; see :func:`anomalib_lake.explain.explain`.
+        """Split the scores of images into neurons, places and text; see :func:`anomalib_lake.explain.explain`.
 
         Args:
             images (torch.Tensor): Normalised images ``(B, 3, H, W)``.
