@@ -209,6 +209,18 @@ def test_defects(tmp_path: Path) -> None:
 
 @pytest.mark.command
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
+def test_words_are_explained_where_they_occur(tmp_path: Path) -> None:
+    """What places add is named in LAKE's parts where they count, and explained there only."""
+    run_in(tmp_path / "in_place", record(unit="neuron", other={"place": 0.1}))
+    run_in(tmp_path / "anywhere", record(unit="neuron", other={}))
+    in_place, anywhere = (dump(write_report(tmp_path / name), "image=0") for name in ("in_place", "anywhere"))
+    assert "<dt>Place</dt>" in in_place
+    assert "<dt>Place</dt>" not in anywhere
+    assert "<dt>Neuron</dt>" in anywhere
+
+
+@pytest.mark.command
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
 def test_scores_in_a_browser(tmp_path: Path) -> None:
     """The shown score decides, on card and in dialog, and in words; the column of parts adds up to the raw one."""
     run_in(tmp_path, record())
