@@ -364,14 +364,17 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
             self.post_processor.add_good(scores, maps, learned_from=True)
         self.add_good(self.held_out)
         self.place_thresholds()
-        banks, places = self.model.banks[0], self.model.places.scales
+        banks, places, in_place = self.model.banks[0], self.model.places, ""
+        if len(places.scales):
+            why = "Good parts lie in place" if places.weight is None else f"place_weight is {places.weight}"
+            in_place = f" {why}, so patches are compared with what is normal there."
         logger.info(
             "Normality bank: %s tokens of %d channels in each of the blocks %s, at scales %s.%s",
             " and ".join(str(len(bank.tokens)) for bank in banks),
-            banks[0].tokens.shape[1] - 2 * len(places[:1]),
+            banks[0].tokens.shape[1] - (2 if in_place else 0),
             self.model.layers,
             self.model.scales,
-            " Good parts lie in place, so patches are compared with what is normal there." if len(places) else "",
+            in_place,
         )
 
     def _finish_extension(self, extension: Extension) -> None:
@@ -467,7 +470,9 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
     def identity(self) -> dict[str, Any]:
         """Arguments that decide what a checkpoint's tensors mean."""
         model = self.model
-        return {
+        # Whether places count is what the checkpoint has learned, unless a weight is given.
+        places = {} if model.places.weight is None else {"place_weight": model.places.weight}
+        return places | {
             "backbone": model.backbone.name,
             "layers": model.layers,
             "scales": model.scales,

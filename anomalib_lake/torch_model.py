@@ -509,8 +509,8 @@ class LAKEModel(nn.Module):
             pixel_aspect (float): As :attr:`pixel_aspect`.
 
         Returns:
-            list[list[Copies]]: By layer and scale, the tokens ``(M, K)`` of all windows that lie inside the image, and
-            the patches ``(M,)`` of the image that they show.
+            list[list[Copies]]: By layer and scale, the tokens of all windows that lie inside the image, ``(M, K)`` or
+            where places count ``(M, K + 2)``, and the patches ``(M,)`` of the image that they show.
         """
         found: list[list[list[Copies]]] = [[[] for _ in self.scales] for _ in self.layers]
         size = (image.shape[-2], image.shape[-1])

@@ -188,6 +188,21 @@ def test_weight_out_of_range(weight: float) -> None:
         LAKE(backbone=TINY, pre_trained=False, place_weight=weight)
 
 
+def test_another_weight_than_the_checkpoint_has_is_refused() -> None:
+    """It would do nothing: bank and threshold are of the weight that they were learned with."""
+
+    def load(given: float | None, saved: float | None) -> None:
+        model = LAKE(backbone=TINY, pre_trained=False, place_weight=given, visualizer=False)
+        checkpoint = {"hyper_parameters": {"place_weight": saved, "own_weight": 0.3}, "state_dict": {}}
+        model.on_load_checkpoint(checkpoint)
+
+    for given, saved in ((None, None), (None, 10.0), (5.0, 5.0), (0.0, 0.0)):
+        load(given, saved)
+    for given, saved in ((0.0, None), (5.0, None), (5.0, 10.0)):
+        with pytest.raises(ValueError, match=f"saved with place_weight={saved}, this model has place_weight={given}"):
+            load(given, saved)
+
+
 def test_not_beside_rotated_copies() -> None:
     """Parts in any direction have no places."""
     with pytest.raises(ValueError, match="Leave one of them out"):
