@@ -115,7 +115,7 @@ def _explain_image(
     split = torch.stack(splits)[winner, patches] / len(model.layers)  # (N, L, K)
     structural = (1 - model.text_weight) / (1 + deviation)
     parts = split * structural[:, None, None]
-    count = model.neurons[0].count if model.neurons[0].selection != "all" else len(model.neurons[0].indices)
+    count = split.shape[2] - model.places.columns
     maps, places = parts[..., :count].flatten(1), parts[..., count:].sum(dim=(1, 2))
     anomaly = structural * deviation
     if text is not None:
@@ -127,7 +127,7 @@ def _explain_image(
     bank = model.banks[layer][scale]
     match = matches[scale][peak, layer]
     other = {} if text is None else {"text": float(model.text_weight * text[highest].mean())}
-    if len(model.places.scales):
+    if model.places.columns:
         other["place"] = float(places[highest].mean())
     numbers = [neurons.indices if len(neurons.indices) else torch.arange(neurons.count) for neurons in model.neurons]
     patch_map = rearrange(anomaly, "(h w) -> 1 h w", h=grid[0])

@@ -365,13 +365,13 @@ class LAKE(FrozenBackboneMixin, MemoryBankMixin, AnomalibModule):
         self.add_good(self.held_out)
         self.place_thresholds()
         banks, places, in_place = self.model.banks[0], self.model.places, ""
-        if len(places.scales):
+        if places.columns:
             why = "Good parts lie in place" if places.weight is None else f"place_weight is {places.weight}"
             in_place = f" {why}, so patches are compared with what is normal there."
         logger.info(
             "Normality bank: %s tokens of %d channels in each of the blocks %s, at scales %s.%s",
             " and ".join(str(len(bank.tokens)) for bank in banks),
-            banks[0].tokens.shape[1] - (2 if in_place else 0),
+            banks[0].tokens.shape[1] - places.columns,
             self.model.layers,
             self.model.scales,
             in_place,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from anomalib.models.components import DynamicBufferMixin
 from torch import nn
+from tqdm import tqdm
 
 from anomalib_spg.components.own_image import kept_patches
 
@@ -71,6 +72,11 @@ class Places(DynamicBufferMixin, nn.Module):
         self.register_buffer("scales", torch.empty(0))
         self.scales: torch.Tensor
 
+    @property
+    def columns(self) -> int:
+        """Columns beside those of the neurons: 2, or 0 where places are left out."""
+        return 2 if len(self.scales) else 0
+
     def forget(self) -> None:
         """Leave places out until the next fit."""
         self.scales = self.scales[:0]
@@ -89,11 +95,11 @@ class Places(DynamicBufferMixin, nn.Module):
         weight = WEIGHT if self.weight is None else self.weight
         self.scales = torch.stack([of_layer.square().sum(dim=-1).mean().mul(weight).sqrt() for of_layer in tokens])
         if self.weight is None:
-            near, longer = self.lie_in_place(tokens, grid, references)
+            near, longer = self.alignment(tokens, grid, references)
             if near < SHARE or longer > LONGER:
                 self.forget()
 
-    def lie_in_place(
+    def alignment(
         self, tokens: Sequence[torch.Tensor], grid: tuple[int, int], references: Sequence[int]
     ) -> tuple[float, float]:
         """Compare normal images with the others, to see whether places hold them together.
@@ -113,7 +119,7 @@ class Places(DynamicBufferMixin, nn.Module):
         shares, factors = [], []
         for of_layer, scale in zip(tokens, self.scales, strict=True):
             near, plain, placed = [], [], []
-            for number in references:
+            for number in tqdm(references, "do good parts lie in place", unit="image", delay=3):
                 best = torch.full_like(kept, torch.inf, dtype=of_layer.dtype)  # squared distances
                 best_placed, at = best.clone(), torch.zeros_like(kept)
                 for other in (image for index, image in enumerate(of_layer) if index != number):
@@ -144,7 +150,7 @@ class Places(DynamicBufferMixin, nn.Module):
         Returns:
             torch.Tensor: Tokens ``(..., N, K + 2)``; as they are, where places are left out.
         """
-        if not len(self.scales):
+        if not self.columns:
             return tokens
         if patches is None:
             patches = torch.arange(grid[0] * grid[1], device=tokens.device)

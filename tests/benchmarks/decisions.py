@@ -482,10 +482,13 @@ def places(experiment: Experiment, row: Row) -> None:
             )
 
 
+TABLES = {table.__name__: table for table in (methods, rules, rates, banks, neighbors, places)}
+
+
 def main() -> None:
     """Print the table asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["methods", "rules", "rates", "banks", "neighbors", "places"])
+    parser.add_argument("table", choices=list(TABLES))
     parser.add_argument("--data", type=Path, default=Path("quickstart"))
     parser.add_argument("--cache", type=Path, default=Path("decisions_tokens"))
     parser.add_argument("--draws", type=int, default=5)
@@ -508,8 +511,7 @@ def main() -> None:
             by_draw = torch.tensor([rate(name, draw) for draw in range(draws)])
             figures.setdefault((title, good), []).append(100 * by_draw.mean(dim=0))
 
-        tables = (methods, rules, rates, banks, neighbors, places)
-        next(table for table in tables if table.__name__ == arguments.table)(experiment, row)
+        TABLES[arguments.table](experiment, row)
     columns = ["false alarms", "worst", "misses", "F1", "best F1", "false alarms there", "gap", "pixels", "AUROC"]
     print(f"`python -m tests.benchmarks.decisions {arguments.table}`:\n")
     print(f"| | good images | {' | '.join(columns)} |\n|---|---{'|---' * len(columns)}|")

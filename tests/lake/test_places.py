@@ -78,14 +78,14 @@ def test_what_decides_by_hand() -> None:
             plain.append(min(squares))
             placed.append(min(square + float(weight) * ((q - patch) / 4) ** 2 for q, square in enumerate(squares)))
     longest = [torch.tensor(squares).sqrt().quantile(0.99) for squares in (placed, plain)]
-    share, factor = places.lie_in_place([images], (1, 4), [0, 1])
+    share, factor = places.alignment([images], (1, 4), [0, 1])
     assert share == pytest.approx(sum(near) / 4)
     assert share == pytest.approx(0.5)
     assert factor == pytest.approx(float(longest[0] / longest[1]), rel=0.02)  # a quantile between squares, not lengths
     # The layer where it is worse counts.
     same = torch.cat([images[:1], images[:1] + 0.01])
     places.fit([same, images], (1, 4), [0, 1])
-    assert places.lie_in_place([same, images], (1, 4), [0, 1]) == pytest.approx((share, factor), rel=1e-4)
+    assert places.alignment([same, images], (1, 4), [0, 1]) == pytest.approx((share, factor), rel=1e-4)
 
 
 def test_good_images_decide(parts: torch.Tensor) -> None:
